@@ -1,0 +1,1 @@
+"""KV memory: blocks and who holds them."""

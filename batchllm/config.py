@@ -1,0 +1,68 @@
+"""How the engine is set up: frozen, validated once."""
+
+import difflib
+import re
+from dataclasses import dataclass, fields
+from typing import Any
+
+from batchllm.errors import UsageError
+
+DTYPES = ("auto", "bfloat16", "float32")
+_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Everything about *how* answers are computed. None of it changes what they are.
+
+    `dtype` alone can move a rounding, so it belongs to a job's identity. `kv_memory` is in bytes;
+    None takes a share of the machine's free memory. `max_num_batched_tokens` bounds one step's
+    prefill work. `max_num_seqs` bounds index arrays, not memory: admission is by projected KV use.
+
+    Raises:
+        UsageError: a value is out of range.
+    """
+
+    dtype: str = "auto"
+    policy: str = "ratio"
+    sharing: bool = True
+    attention_backend: str = "auto"
+    kv_memory: int | None = None
+    max_model_len: int | None = None
+    block_size: int = 16
+    max_num_batched_tokens: int = 2048
+    max_num_seqs: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise UsageError(f"dtype is {self.dtype!r}; choose one of {', '.join(DTYPES)}")
+        for name in ("block_size", "max_num_batched_tokens", "max_num_seqs"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("kv_memory", "max_model_len"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} is {value}; it must be positive")
+
+    @classmethod
+    def from_options(cls, **options: Any) -> "EngineConfig":
+        """Build from keyword options; an unknown one is an error that names the nearest known."""
+        known = [f.name for f in fields(cls)]
+        for name in options:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+                raise UsageError(f"unknown engine option {name!r}{hint}")
+        return cls(**options)
+
+
+def parse_size(text: str) -> int:
+    """Bytes from `512M`, `4GiB`, `2g`, `1000000` (binary units).
+
+    Raises:
+        UsageError: not a size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?\s*", text.lower())
+    if match is None:
+        raise UsageError(f"{text!r} is not a size; write it like 512M or 4GiB")
+    return int(float(match[1]) * _UNITS[match[2]])

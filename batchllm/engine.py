@@ -1,0 +1,45 @@
+"""The loop: schedule, execute, update."""
+
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+from batchllm.prefix.plan import PrefixPlan
+from batchllm.scheduler.scheduler import Scheduler
+from batchllm.scheduler.state import Batch, Sequence, StepOutput
+
+
+class Runner(Protocol):
+    """Runs one step and samples."""
+
+    def execute(self, batch: Batch) -> StepOutput:
+        """Compute the batch's tokens; return one token for each chunk that samples."""
+        ...
+
+
+class Engine:
+    """Answers a planned window, step by step."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        *,
+        on_step: Callable[[Batch], None] = lambda batch: None,
+    ) -> None:
+        self.scheduler = scheduler
+        self.runner = runner
+        self.on_step = on_step
+
+    def run(self, plan: PrefixPlan) -> Iterator[Sequence]:
+        """Yield each of the plan's sequences when it is finished, in the order of finishing."""
+        yield from (s for s in self.scheduler.add(plan) if s.finish_reason is not None)
+        while self.scheduler.has_unfinished:
+            yield from self.step()
+
+    def step(self) -> list[Sequence]:
+        """One forward pass; returns the sequences it finished."""
+        batch = self.scheduler.schedule()
+        output = self.runner.execute(batch)
+        finished = self.scheduler.update(batch, output)
+        self.on_step(batch)
+        return finished

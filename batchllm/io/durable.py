@@ -1,0 +1,105 @@
+"""Writes that survive a crash: a file appears under its name whole and on disk, or not at all."""
+
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from batchllm.errors import OutputError
+
+# File systems without flock; running unguarded there beats not running at all.
+_NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
+
+
+def one_line_reason(error: BaseException) -> str:
+    """Why an operation failed, as one short line without Arrow's or Python's wrapping."""
+    number = getattr(error, "errno", None)
+    if number:
+        return os.strerror(number)
+    lines = str(error).strip().splitlines()
+    reason = lines[0].rstrip(". ") if lines else type(error).__name__
+    return reason if len(reason) <= 200 else reason[:197] + "..."
+
+
+def fsync_dir(folder: Path) -> None:
+    """Make renames and new names inside `folder` durable."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def atomic_write(target: Path, temporary: Path) -> Iterator[IO[bytes]]:
+    """Yield a file that becomes `target` when the block ends well, and vanishes when it fails.
+
+    `temporary` must be on the same file system. Only errors clean up after themselves; what an
+    interrupt or a kill leaves behind is removed when the output is next opened.
+
+    Raises:
+        OSError: from any step; `target` is then what it was before, except that it may already be
+            the new file when only the directory's fsync failed.
+    """
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    except Exception:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+    fsync_dir(target.parent)
+
+
+class OutputLock:
+    """An advisory lock on a file, held until `release` or until the process dies.
+
+    The kernel drops an flock with its process, so a crash never leaves an output locked.
+    """
+
+    def __init__(self, path: Path, handle: int) -> None:
+        self._path = path
+        self._handle: int | None = handle
+
+    @classmethod
+    def acquire(cls, path: Path) -> "OutputLock":
+        """Take the lock at once.
+
+        Raises:
+            OutputError: another process holds it.
+            OSError: the lock file cannot be made.
+        """
+        while True:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(handle)
+                raise OutputError(
+                    f"{path.parent}: another process is writing this output; wait for it to end"
+                ) from None
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    os.close(handle)
+                    raise
+            # A holder that finished in between has deleted the file we locked: lock the new one.
+            with suppress(FileNotFoundError):
+                if os.fstat(handle).st_ino == path.stat().st_ino:
+                    return cls(path, handle)
+            os.close(handle)
+
+    def release(self, *, delete: bool = False) -> None:
+        """Give the lock back, and delete its file first where nothing will need it again."""
+        if self._handle is None:
+            return
+        if delete:
+            with suppress(OSError):
+                self._path.unlink()
+        os.close(self._handle)
+        self._handle = None

@@ -1,0 +1,185 @@
+"""The manifest: which job an output belongs to, and which windows of it are safely on disk.
+
+One JSON line per event, appended and fsynced, each with a checksum over its exact bytes. The first
+line names the job. A line that a crash cut short can only be the last one; it is dropped, and the
+window it stood for is computed again. Damage anywhere else means that the file cannot be trusted.
+"""
+
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from batchllm.errors import OutputError
+from batchllm.io.durable import atomic_write
+from batchllm.io.ranges import RowRange
+
+FORMAT_VERSION = 1
+_PREFIX = b'{"crc32":"%08x","data":'
+_PREFIX_LENGTH = len(_PREFIX % 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What an output belongs to: the caller's identity, rows in all, and column name to type."""
+
+    identity: Mapping[str, Any]
+    num_rows: int
+    columns: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class WindowRecord:
+    """A window on disk: its rows, its file's name and size, failed rows, the caller's counters."""
+
+    rows: RowRange
+    file: str
+    num_bytes: int
+    failed: int
+    counters: Mapping[str, Any]
+
+
+@dataclass(slots=True)
+class ManifestState:
+    """What a manifest says. `summary` is set once the job is finished.
+
+    `windows` has one record for each range, the last one written; `num_valid_bytes` is where a
+    torn last line starts.
+    """
+
+    job: Job
+    windows: dict[RowRange, WindowRecord] = field(default_factory=dict)
+    summary: Mapping[str, Any] | None = None
+    num_valid_bytes: int = 0
+
+
+def read_manifest(path: Path) -> ManifestState | None:
+    """Read a manifest without changing it; None where there is none, or no whole first line.
+
+    Raises:
+        OutputError: a line before the last is damaged, or the format is not ours.
+        OSError: the file cannot be read.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    state: ManifestState | None = None
+    start = 0
+    for number, line in enumerate(content.splitlines(keepends=True), 1):
+        data = _decode(line)
+        if data is None:
+            if start + len(line) < len(content):
+                raise OutputError(f"{path}: line {number} is damaged; delete the output to redo it")
+            break
+        start += len(line)
+        try:
+            state = _apply(state, data)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise OutputError(f"{path}: line {number} is not a batchllm manifest's") from None
+        state.num_valid_bytes = start
+    return state
+
+
+class Manifest:
+    """The appending side of a manifest. Not for two threads at once.
+
+    Raises:
+        OSError: from any method; a line that could not be written whole is taken back.
+    """
+
+    def __init__(self, path: Path, num_valid_bytes: int) -> None:
+        self._handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        self._length = num_valid_bytes
+        self._cut()
+
+    @classmethod
+    def create(cls, path: Path, job: Job) -> "Manifest":
+        """Start a manifest: the file appears with its first line or not at all."""
+        line = _encode(
+            {
+                "type": "job",
+                "version": FORMAT_VERSION,
+                "identity": job.identity,
+                "num_rows": job.num_rows,
+                "columns": job.columns,
+            }
+        )
+        with atomic_write(path, path.with_name(path.name + ".tmp")) as file:
+            file.write(line)
+        return cls(path, len(line))
+
+    def append_window(self, record: WindowRecord) -> None:
+        self._append(
+            {
+                "type": "window",
+                "start": record.rows.start,
+                "end": record.rows.end,
+                "file": record.file,
+                "bytes": record.num_bytes,
+                "rows": record.rows.num_rows,
+                "failed": record.failed,
+                "counters": record.counters,
+            }
+        )
+
+    def append_finished(self, summary: Mapping[str, Any]) -> None:
+        self._append({"type": "finished", "summary": summary})
+
+    def close(self) -> None:
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
+
+    def _append(self, data: Mapping[str, Any]) -> None:
+        line = memoryview(_encode(data))
+        end = self._length + len(line)
+        try:
+            while line:
+                line = line[os.write(self._handle, line) :]
+            os.fsync(self._handle)
+        except OSError:
+            self._cut()  # what follows half a line would make the whole file unreadable
+            raise
+        self._length = end
+
+    def _cut(self) -> None:
+        os.ftruncate(self._handle, self._length)
+
+
+def _encode(data: Mapping[str, Any]) -> bytes:
+    payload = json.dumps(data, separators=(",", ":")).encode()
+    return _PREFIX % zlib.crc32(payload) + payload + b"}\n"
+
+
+def _decode(line: bytes) -> Any:  # noqa: ANN401 - whatever JSON holds; _apply checks it
+    payload = line[_PREFIX_LENGTH:-2]
+    if line != _PREFIX % zlib.crc32(payload) + payload + b"}\n":
+        return None
+    return json.loads(payload)
+
+
+def _apply(state: ManifestState | None, data: Any) -> ManifestState:  # noqa: ANN401
+    if state is None:
+        if data["type"] != "job":
+            raise ValueError("the first line is not the job's")
+        if data["version"] != FORMAT_VERSION:
+            raise OutputError(
+                f"the output was written by another batchllm (format {data['version']}, this one"
+                f" has {FORMAT_VERSION}); use another output path"
+            )
+        return ManifestState(Job(data["identity"], data["num_rows"], data["columns"]))
+    if data["type"] == "window":
+        rows = RowRange(data["start"], data["end"])
+        state.windows[rows] = WindowRecord(
+            rows, data["file"], data["bytes"], data["failed"], data["counters"]
+        )
+        state.summary = None
+    elif data["type"] == "finished":
+        state.summary = data["summary"]
+    else:
+        raise ValueError(f"unknown line type {data['type']!r}")
+    return state

@@ -1,0 +1,118 @@
+"""One Parquet file: its footer, its row groups in small batches, and what is wrong with it.
+
+Every failure to read becomes an InputError that names the file and the rows, on one line.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batchllm.errors import InputError
+from batchllm.io.durable import one_line_reason
+from batchllm.io.ranges import RowRange
+from batchllm.io.sources import PARQUET_MAGIC
+
+# What damaged or vanished files make Arrow raise.
+READ_ERRORS = (pa.ArrowException, OSError, ValueError, MemoryError)
+
+# Column streams are read in pieces of this size. Unbuffered, Arrow reads whole column chunks;
+# with pre_buffer it reads the whole row group and keeps it.
+_BUFFER_BYTES = 256 * 1024
+_MAX_BATCH_ROWS = 2048
+_TARGET_BATCH_BYTES = 8 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Footer:
+    """What a file says about itself: its schema, rows in each row group, and bytes on disk."""
+
+    schema: pa.Schema
+    group_rows: tuple[int, ...]
+    num_bytes: int
+
+
+class ParquetReader:
+    """An open Parquet file whose row groups are read in batches, a row group at a time.
+
+    Raises:
+        InputError: the file is missing, unreadable, empty, not Parquet, or truncated.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._source = pa.OSFile(str(path))
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {one_line_reason(error)}") from error
+        try:
+            self._file = pq.ParquetFile(
+                self._source,
+                pre_buffer=False,
+                buffer_size=_BUFFER_BYTES,
+                page_checksum_verification=True,
+            )
+            schema, metadata = self._file.schema_arrow, self._file.metadata
+            _ = schema.names  # a damaged name must fail to decode here, not later
+            groups = (metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
+            self.footer = Footer(schema, tuple(groups), self._source.size())
+        except READ_ERRORS as error:
+            self._source.close()
+            raise _unreadable(path, error) from error
+
+    def batches(self, group: int, first_row: int) -> Iterator[pa.RecordBatch]:
+        """Yield one row group in batches; memory is bounded by a batch, not by the row group.
+
+        `first_row` is the row group's place in the whole data set, for messages.
+
+        Raises:
+            InputError: a page cannot be read.
+        """
+        size = _batch_rows(self._file.metadata.row_group(group))
+        batches = self._file.iter_batches(size, [group])
+        at, end = first_row, first_row + self.footer.group_rows[group]
+        while at < end:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                raise damaged(self.path, RowRange(at, end), "the row group ends early") from None
+            except READ_ERRORS as error:
+                rows = RowRange(at, end)
+                raise damaged(self.path, rows, one_line_reason(error)) from error
+            yield batch
+            at += batch.num_rows
+
+    def close(self) -> None:
+        self._source.close()
+
+
+def damaged(path: Path, rows: RowRange, reason: str) -> InputError:
+    """The error for rows of a file (in whole-dataset numbers) that cannot be decoded."""
+    return InputError(f"{path}: {rows} cannot be read: {reason}")
+
+
+def _batch_rows(group: pq.RowGroupMetaData) -> int:
+    # Dictionary-encoded text decodes to far more than its encoded size, hence also a row limit.
+    row_bytes = max(1, int(group.total_byte_size) // max(1, int(group.num_rows)))
+    return max(1, min(_MAX_BATCH_ROWS, _TARGET_BATCH_BYTES // row_bytes))
+
+
+def _unreadable(path: Path, error: BaseException) -> InputError:
+    """Say what is wrong with a file whose footer cannot be read."""
+    try:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            head = file.read(4)
+            file.seek(max(0, size - 4))
+            tail = file.read(4)
+    except OSError as reason:
+        return InputError(f"{path}: cannot be read: {one_line_reason(reason)}")
+    if size == 0:
+        return InputError(f"{path}: the file is empty (0 bytes)")
+    if head != PARQUET_MAGIC:
+        return InputError(f"{path}: not a Parquet file")
+    if tail != PARQUET_MAGIC or size < 12:
+        return InputError(f"{path}: the Parquet file is truncated: it has no footer")
+    return InputError(f"{path}: the Parquet file is damaged: {one_line_reason(error)}")

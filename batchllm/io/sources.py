@@ -1,0 +1,155 @@
+"""Which files INPUT means: a file, a directory or a glob, in the one order that numbers the rows.
+
+Files sort by their path below INPUT's fixed part (the directory, or what precedes a glob's first
+wildcard). The same part-path gives the hive columns, so moving a data set changes nothing.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote
+
+from batchllm.errors import InputError, UsageError
+from batchllm.io.durable import one_line_reason
+
+PARQUET_MAGIC = b"PAR1"
+PARQUET_SUFFIXES = (".parquet", ".pq", ".parq")
+_HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
+_WILDCARD = re.compile(r"[*?\[]")
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """One input file: where it is, and its posix path below INPUT's fixed part."""
+
+    path: Path
+    name: str
+
+    @property
+    def hive_values(self) -> dict[str, str | None]:
+        """The `key=value` directories on the way to the file, decoded; null for hive's null."""
+        pairs = (part.split("=", 1) for part in self.name.split("/")[:-1] if "=" in part)
+        return {
+            unquote(key): None if value == _HIVE_NULL else unquote(value)
+            for key, value in pairs
+            if key
+        }
+
+
+def find_files(source: str | Path) -> list[SourceFile]:
+    """List the Parquet files of `source` in row order.
+
+    A directory is searched recursively; names that start with `_` or `.` are left out, and so are
+    files that have neither a Parquet suffix nor Parquet's first four bytes.
+
+    Raises:
+        InputError: the path is missing, the glob matches nothing, or there is no Parquet file.
+    """
+    try:
+        files = _list_files(Path(source))
+    except OSError as error:
+        raise InputError(f"{source}: cannot be read: {one_line_reason(error)}") from error
+    return sorted(files, key=lambda file: file.name)
+
+
+def _list_files(path: Path) -> set[SourceFile]:
+    if path.is_dir():
+        files = {SourceFile(file, file.relative_to(path).as_posix()) for file in _walk(path)}
+        if not files:
+            raise InputError(f"{path}: the directory holds no Parquet file")
+        return files
+    if os.path.lexists(path):
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path}: not a regular file")
+        return {SourceFile(path, path.name)}
+    if _WILDCARD.search(str(path)):
+        files = set(_expand(path))
+        if not files:
+            raise InputError(f"{path}: the pattern matches no Parquet file")
+        return files
+    raise InputError(f"{path}: no such file or directory")
+
+
+def _expand(pattern: Path) -> Iterator[SourceFile]:
+    fixed, wild = _split_pattern(pattern)
+    # A name the user spelled out is wanted even when it starts with _ or a dot.
+    spelled_out = any(not _visible(part) for part in wild.parts)
+    for match in fixed.glob(str(wild)):
+        name = match.relative_to(fixed)
+        if not spelled_out and not all(_visible(part) for part in name.parts):
+            continue
+        for file in _walk(match) if match.is_dir() else [match]:
+            yield SourceFile(file, file.relative_to(fixed).as_posix())
+
+
+def _split_pattern(pattern: Path) -> tuple[Path, Path]:
+    parts = pattern.parts
+    first = next(i for i, part in enumerate(parts) if _WILDCARD.search(part))
+    return Path(*parts[:first]), Path(*parts[first:])
+
+
+def _visible(name: str) -> bool:
+    return not name.startswith(("_", "."))
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    def fail(error: OSError) -> None:
+        raise InputError(f"{error.filename}: cannot be listed: {one_line_reason(error)}")
+
+    for folder, folders, names in os.walk(root, onerror=fail, followlinks=True):
+        here = Path(folder).resolve()
+        # A link to a directory above would send the walk round for ever.
+        folders[:] = [
+            name
+            for name in folders
+            if _visible(name) and not here.is_relative_to((here / name).resolve())
+        ]
+        for name in names:
+            file = Path(folder, name)
+            if _visible(name) and (name.endswith(PARQUET_SUFFIXES) or _has_magic(file)):
+                yield file
+
+
+def _has_magic(file: Path) -> bool:
+    try:
+        if not file.is_file():  # opening a pipe would wait for its writer
+            return False
+        with file.open("rb") as opened:
+            return opened.read(4) == PARQUET_MAGIC
+    except OSError:
+        return False
+
+
+def check_paths(source: str | Path, output: str | Path) -> None:
+    """Refuse an OUTPUT that is, lies in, or contains INPUT: a rerun would read its own answers.
+
+    Raises:
+        UsageError: the two overlap.
+    """
+    target = Path(output).resolve()
+    problem = UsageError(
+        f"OUTPUT {output} and INPUT {source} overlap; choose an output path outside the input"
+    )
+    if not Path(source).exists() and _WILDCARD.search(str(source)):
+        fixed, wild = _split_pattern(Path(source))
+        pattern = fixed.resolve() / wild
+        if target == fixed.resolve() or fixed.resolve().is_relative_to(target):
+            raise problem
+        if any(_may_match(candidate, pattern) for candidate in (target, *target.parents)):
+            raise problem
+        return
+    origin = Path(source).resolve()
+    if target.is_relative_to(origin) or origin.is_relative_to(target):
+        raise problem
+    if target.exists() and origin.exists() and target.samefile(origin):
+        raise problem
+
+
+def _may_match(path: Path, pattern: Path) -> bool:
+    """Whether a later expansion of `pattern` would reach `path`; `**` stands for anything."""
+    parts = pattern.parts
+    if "**" not in parts:
+        return path.match(str(pattern))
+    return path.is_relative_to(Path(*parts[: parts.index("**")])) and path.match(parts[-1])

@@ -1,0 +1,1 @@
+"""Model configurations, checkpoints and their loaders, and one file an architecture."""

@@ -1,0 +1,158 @@
+"""A model in one GGUF file: config, weights, tokenizer and chat template all come out of it.
+
+Differences from the Hugging Face layout that are undone here: tensor names, and the row order of
+`q_proj` and `k_proj`, which llama.cpp's converter interleaves for its own rotary layout. Rows are
+reordered while still quantised, since a row is a whole number of blocks.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from batchllm.errors import ModelError
+from batchllm.models.gguf_config import ROPE_FACTORS, read_gguf_config
+from batchllm.models.gguf_file import GGUFFile, GGUFTensor
+from batchllm.models.layout import check_tensors, sampled_sha256
+from batchllm.text.gguf_tokenizer import tokenizer_from_gguf
+from batchllm.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import torch
+
+_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_TENSOR_NAME = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<part>\w+)\.(?P<kind>weight|bias)")
+# Enough elements that numpy's overhead vanishes, few enough that a chunk stays in the cache.
+_CHUNK_ELEMENTS = 1 << 20
+
+
+class GGUFCheckpoint:
+    """An opened GGUF file (see `Checkpoint`).
+
+    Raises:
+        ModelError: truncated, not GGUF, or an architecture, tensor type or rope scaling that is not
+            implemented.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = GGUFFile(path)
+        try:
+            self.config = read_gguf_config(self._file)
+        except ModelError as error:
+            raise ModelError(f"{path}: {error}") from None
+        self._tensors = {
+            _canonical_name(name): tensor
+            for name, tensor in self._file.tensors.items()
+            if name != ROPE_FACTORS
+        }
+        check_tensors(self.config, {n: t.shape for n, t in self._tensors.items()}, path)
+        for tensor in self._tensors.values():
+            if not can_dequantize(tensor):
+                raise ModelError(
+                    f"{path}: tensor {tensor.name} has type {tensor.type_name}, "
+                    "which cannot be dequantised here"
+                )
+
+    def tokenizer(self) -> Tokenizer:
+        try:
+            return tokenizer_from_gguf(self._file.metadata)
+        except ModelError as error:
+            raise ModelError(f"{self.path}: {error}") from None
+
+    def weights(self, dtype: "torch.dtype | None" = None) -> Iterator[tuple[str, "torch.Tensor"]]:
+        """Yield (canonical name, tensor) one at a time, dequantised to `dtype` (default float32)."""
+        import torch
+
+        for name, tensor in self._tensors.items():
+            out = torch.empty(tensor.shape, dtype=dtype or torch.float32)
+            flat = out.view(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+            start = 0
+            for chunk in dequantized_chunks(self._file.rows(tensor)[self._row_order(name)], tensor):
+                flat[start : start + len(chunk)] = torch.from_numpy(chunk)
+                start += len(chunk)
+            yield name, out
+
+    def _row_order(self, name: str) -> NDArray[np.intp] | slice:
+        heads = {"q_proj": self.config.num_heads, "k_proj": self.config.num_kv_heads}
+        part = name.split(".")[-2]
+        if part not in heads:
+            return slice(None)
+        return hugging_face_row_order(heads[part], self.config.head_dim)
+
+    def identity(self) -> dict[str, str]:
+        return {
+            "format": "gguf",
+            "file": self.path.name,
+            "bytes": str(self._file.num_bytes),
+            "header_sha256": self._file.header_sha256,
+            "sample_sha256": sampled_sha256(self.path),
+        }
+
+
+def hugging_face_row_order(num_heads: int, head_dim: int) -> NDArray[np.intp]:
+    """Where in the file each Hugging Face row of `q_proj` or `k_proj` is, [num_heads * head_dim].
+
+    Within a head, the file pairs row i of the first half with row i of the second:
+    0, h/2, 1, h/2 + 1, …
+    """
+    rows = np.arange(num_heads * head_dim).reshape(num_heads, head_dim // 2, 2)
+    return rows.swapaxes(1, 2).reshape(-1)
+
+
+def can_dequantize(tensor: GGUFTensor) -> bool:
+    from gguf import GGMLQuantizationType, quants
+
+    kind = GGMLQuantizationType(tensor.type_id)
+    return kind.name in ("F32", "F16") or hasattr(getattr(quants, kind.name, None), "block_size")
+
+
+def dequantized_chunks(
+    rows: NDArray[np.uint8], tensor: GGUFTensor
+) -> Iterator[NDArray[np.float32]]:
+    """A tensor's values in order, as fresh float32 [some rows, row length] arrays of about 4 MiB.
+
+    `rows` are its stored bytes, uint8 [rows, bytes per row].
+    """
+    from gguf import quants
+
+    width = tensor.shape[-1]
+    step = max(1, _CHUNK_ELEMENTS // width)
+    for start in range(0, len(rows), step):
+        stored = np.ascontiguousarray(rows[start : start + step])
+        if tensor.type_name == "F32":
+            # A copy, because a view of the map is read-only, which torch refuses.
+            values = stored.view(np.float32).copy()
+        elif tensor.type_name == "F16":
+            values = stored.view(np.float16).astype(np.float32)
+        else:
+            quant = getattr(quants, tensor.type_name)
+            quant.init_grid()
+            # Straight to the block routine: `quants.dequantize` works on 16 rows at a time.
+            values = quant.dequantize_blocks(stored.reshape(-1, quant.type_size))
+        yield values.reshape(-1, width)
+
+
+def _canonical_name(name: str) -> str:
+    match = _TENSOR_NAME.fullmatch(name)
+    if match is None or match["part"] not in _NAMES:
+        return name  # left as it is, for `check_tensors` to refuse by its own name
+    layer = "" if match["layer"] is None else f"model.layers.{match['layer']}."
+    return f"{layer}{_NAMES[match['part']]}.{match['kind']}"

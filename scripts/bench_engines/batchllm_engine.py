@@ -1,0 +1,42 @@
+"""batchllm through its Python API; it gets the same GGUF the peers' weights were exported from."""
+
+import time
+
+START = time.perf_counter()
+
+from contract import Rows, make_parser, report, warm_up_rows  # noqa: E402
+
+from batchllm import LLM, SamplingParams  # noqa: E402
+
+
+def generate(llm: LLM, rows: Rows) -> list[list[int]]:
+    """Answers every row greedily, for exactly as many tokens as it asks."""
+    params = [SamplingParams(max_tokens=n, ignore_eos=True) for n in rows.max_tokens]
+    return [output.output_token_ids.tolist() for output in llm.generate(rows.prompts, params)]
+
+
+def main() -> None:
+    """Command line of contract.py."""
+    parser = make_parser((__doc__ or "").splitlines()[0], model="GGUF file or directory")
+    arguments = parser.parse_args()
+    llm = LLM(arguments.model)
+    generate(llm, warm_up_rows())
+    load_seconds = time.perf_counter() - START
+    for order in arguments.order:
+        rows = Rows.read(arguments.workload, order)
+        start = time.perf_counter()
+        outputs = generate(llm, rows)
+        report(
+            engine="batchllm",
+            order=order,
+            load_seconds=load_seconds,
+            engine_seconds=time.perf_counter() - start,
+            rows=rows,
+            outputs=outputs,
+            settings={},
+            save_tokens=arguments.save_tokens,
+        )
+
+
+if __name__ == "__main__":
+    main()
