@@ -10,13 +10,14 @@ _MISSING = object()
 
 
 def plain(value: Mapping[str, Any]) -> dict[str, Any]:
-    """`value` as JSON gives it back (tuples become lists), so that it compares with a stored one.
+    """`value` as JSON gives it back, so that it compares with a stored one.
+
+    Tuples become lists, and numbers that are not finite, which JSON lacks, become null.
 
     Raises:
         TypeError: a value is not plain data.
-        ValueError: a number is not finite.
     """
-    copy: dict[str, Any] = json.loads(json.dumps(value, allow_nan=False))
+    copy: dict[str, Any] = json.loads(json.dumps(value), parse_constant=lambda _: None)
     return copy
 
 

@@ -9,12 +9,14 @@ import json
 import os
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from batchllm.errors import OutputError
 from batchllm.io.durable import atomic_write
+from batchllm.io.identity import describe_differences
 from batchllm.io.ranges import RowRange
 
 FORMAT_VERSION = 1
@@ -29,6 +31,18 @@ class Job:
     identity: Mapping[str, Any]
     num_rows: int
     columns: Mapping[str, str]
+
+    def differences_from(self, stored: "Job") -> str:
+        """How this job differs from the stored one, for a message; empty when it does not."""
+        found = (
+            describe_differences(stored.identity, self.identity),
+            describe_differences(stored._shape, self._shape),
+        )
+        return "; ".join(filter(None, found))
+
+    @property
+    def _shape(self) -> dict[str, Any]:
+        return {"num_rows": self.num_rows, "columns": self.columns}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +71,11 @@ class ManifestState:
 
 
 def read_manifest(path: Path) -> ManifestState | None:
-    """Read a manifest without changing it; None where there is none, or no whole first line.
+    """Read a manifest without changing it; None where there is none.
 
     Raises:
-        OutputError: a line before the last is damaged, or the format is not ours.
+        OutputError: the first line, or one with lines after it, is damaged; or the format is not
+            ours. No crash does that: the first line appears whole, and later ones only last.
         OSError: the file cannot be read.
     """
     try:
@@ -69,15 +84,17 @@ def read_manifest(path: Path) -> ManifestState | None:
         return None
     state: ManifestState | None = None
     start = 0
+    if not content:
+        raise damaged_manifest(path, 1)
     for number, line in enumerate(content.splitlines(keepends=True), 1):
         data = _decode(line)
         if data is None:
-            if start + len(line) < len(content):
-                raise OutputError(f"{path}: line {number} is damaged; delete the output to redo it")
+            if state is None or start + len(line) < len(content):
+                raise damaged_manifest(path, number)
             break
         start += len(line)
         try:
-            state = _apply(state, data)
+            state = _apply(path, state, data)
         except (KeyError, TypeError, ValueError, AttributeError):
             raise OutputError(f"{path}: line {number} is not a batchllm manifest's") from None
         state.num_valid_bytes = start
@@ -92,9 +109,9 @@ class Manifest:
     """
 
     def __init__(self, path: Path, num_valid_bytes: int) -> None:
-        self._handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        self._handle = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
         self._length = num_valid_bytes
-        self._cut()
+        os.ftruncate(self._handle, num_valid_bytes)
 
     @classmethod
     def create(cls, path: Path, job: Job) -> "Manifest":
@@ -135,19 +152,19 @@ class Manifest:
             self._handle = -1
 
     def _append(self, data: Mapping[str, Any]) -> None:
-        line = memoryview(_encode(data))
-        end = self._length + len(line)
+        line = _encode(data)
+        at, end = self._length, self._length + len(line)
         try:
-            while line:
-                line = line[os.write(self._handle, line) :]
+            # At an offset of our own, so that half a line of a failed try is written over: with
+            # anything behind it, it would make the whole file unreadable.
+            while at < end:
+                at += os.pwrite(self._handle, line[at - end :], at)
             os.fsync(self._handle)
         except OSError:
-            self._cut()  # what follows half a line would make the whole file unreadable
+            with suppress(OSError):
+                os.ftruncate(self._handle, self._length)
             raise
         self._length = end
-
-    def _cut(self) -> None:
-        os.ftruncate(self._handle, self._length)
 
 
 def _encode(data: Mapping[str, Any]) -> bytes:
@@ -162,15 +179,12 @@ def _decode(line: bytes) -> Any:  # noqa: ANN401 - whatever JSON holds; _apply c
     return json.loads(payload)
 
 
-def _apply(state: ManifestState | None, data: Any) -> ManifestState:  # noqa: ANN401
+def _apply(path: Path, state: ManifestState | None, data: Any) -> ManifestState:  # noqa: ANN401
     if state is None:
         if data["type"] != "job":
             raise ValueError("the first line is not the job's")
         if data["version"] != FORMAT_VERSION:
-            raise OutputError(
-                f"the output was written by another batchllm (format {data['version']}, this one"
-                f" has {FORMAT_VERSION}); use another output path"
-            )
+            raise wrong_version(path, data["version"])
         return ManifestState(Job(data["identity"], data["num_rows"], data["columns"]))
     if data["type"] == "window":
         rows = RowRange(data["start"], data["end"])
@@ -183,3 +197,16 @@ def _apply(state: ManifestState | None, data: Any) -> ManifestState:  # noqa: AN
     else:
         raise ValueError(f"unknown line type {data['type']!r}")
     return state
+
+
+def wrong_version(path: Path, version: object) -> OutputError:
+    """The error for an output that another version of the format wrote."""
+    return OutputError(
+        f"{path}: has format {version} of another batchllm, this one writes {FORMAT_VERSION};"
+        " use another output path"
+    )
+
+
+def damaged_manifest(path: Path, line: int) -> OutputError:
+    """The error for a line that no crash explains: the disk or somebody changed it."""
+    return OutputError(f"{path}: line {line} is damaged; delete the output to start over")

@@ -99,12 +99,12 @@ def _walk(root: Path) -> Iterator[Path]:
         raise InputError(f"{error.filename}: cannot be listed: {one_line_reason(error)}")
 
     for folder, folders, names in os.walk(root, onerror=fail, followlinks=True):
-        here = Path(folder).resolve()
+        here = Path(os.path.realpath(folder))
         # A link to a directory above would send the walk round for ever.
         folders[:] = [
             name
             for name in folders
-            if _visible(name) and not here.is_relative_to((here / name).resolve())
+            if _visible(name) and not here.is_relative_to(os.path.realpath(here / name))
         ]
         for name in names:
             file = Path(folder, name)
@@ -127,29 +127,33 @@ def check_paths(source: str | Path, output: str | Path) -> None:
 
     Raises:
         UsageError: the two overlap.
+        InputError: INPUT cannot be looked at.
     """
-    target = Path(output).resolve()
-    problem = UsageError(
-        f"OUTPUT {output} and INPUT {source} overlap; choose an output path outside the input"
-    )
-    if not Path(source).exists() and _WILDCARD.search(str(source)):
-        fixed, wild = _split_pattern(Path(source))
-        pattern = fixed.resolve() / wild
-        if target == fixed.resolve() or fixed.resolve().is_relative_to(target):
-            raise problem
-        if any(_may_match(candidate, pattern) for candidate in (target, *target.parents)):
-            raise problem
-        return
-    origin = Path(source).resolve()
-    if target.is_relative_to(origin) or origin.is_relative_to(target):
-        raise problem
+    try:
+        overlap = _overlap(Path(source), Path(os.path.realpath(output)))
+    except OSError as error:
+        raise InputError(f"{source}: cannot be read: {one_line_reason(error)}") from error
+    if overlap:
+        raise UsageError(
+            f"OUTPUT {output} and INPUT {source} overlap; choose an output outside the input"
+        )
+
+
+def _overlap(source: Path, target: Path) -> bool:
+    if not source.exists() and _WILDCARD.search(str(source)):
+        fixed, wild = _split_pattern(source)
+        fixed = Path(os.path.realpath(fixed))
+        # An output that is a directory is reached through its parts, too.
+        reached = (target / "part-0-0.parquet", target, *target.parents)
+        return fixed.is_relative_to(target) or any(_may_match(p, fixed, wild) for p in reached)
+    origin = Path(os.path.realpath(source))
     if target.exists() and origin.exists() and target.samefile(origin):
-        raise problem
+        return True  # two names of one file
+    return target.is_relative_to(origin) or origin.is_relative_to(target)
 
 
-def _may_match(path: Path, pattern: Path) -> bool:
-    """Whether a later expansion of `pattern` would reach `path`; `**` stands for anything."""
-    parts = pattern.parts
-    if "**" not in parts:
-        return path.match(str(pattern))
-    return path.is_relative_to(Path(*parts[: parts.index("**")])) and path.match(parts[-1])
+def _may_match(path: Path, fixed: Path, wild: Path) -> bool:
+    """Whether a later expansion of the pattern would reach `path`; `**` stands for anything."""
+    if "**" not in wild.parts:
+        return path.match(str(fixed / wild))
+    return path.is_relative_to(fixed) and path.match(wild.parts[-1])

@@ -1,0 +1,158 @@
+"""Where an output keeps what: the one place that knows names and tells ours from others'.
+
+A single file has a hidden work directory beside it, holding parts, manifest and lock until it is
+finished. A directory holds its parts itself and the rest in `_batchllm`, where readers of Parquet
+directories do not look.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from batchllm.errors import InputError, OutputError
+from batchllm.io.manifest import FORMAT_VERSION, Job, ManifestState, WindowRecord, wrong_version
+from batchllm.io.parts import is_part_name, part_name, read_record
+from batchllm.io.ranges import RowRange
+
+FILE_SUFFIXES = (".parquet", ".pq")
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedFile:
+    """What a finished single-file output says about itself in its metadata."""
+
+    job: Job
+    summary: Mapping[str, Any]
+
+    def record(self) -> dict[str, Any]:
+        """The `batchllm` entry of the file's metadata."""
+        return {
+            "version": FORMAT_VERSION,
+            "identity": self.job.identity,
+            "num_rows": self.job.num_rows,
+            "columns": self.job.columns,
+            "summary": self.summary,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class OutputLayout:
+    """The paths of one output.
+
+    Attributes:
+        shown: the path as the user gave it, for messages.
+        target: where it really is, links followed.
+        work: the directory of manifest, lock, temporary files.
+        parts: the directory of the parts.
+        single_file: whether the output is one file.
+    """
+
+    shown: Path
+    target: Path
+    work: Path
+    parts: Path
+    single_file: bool
+
+    @classmethod
+    def of(cls, path: str | Path) -> "OutputLayout":
+        """An output that ends in `.parquet` or `.pq` is a file, any other a directory."""
+        shown = Path(path)
+        target = Path(os.path.realpath(shown))
+        if shown.name.endswith(FILE_SUFFIXES):
+            work = target.with_name(f".{target.name}.batchllm")
+            return cls(shown, target, work, work, True)
+        return cls(shown, target, target / "_batchllm", target, False)
+
+    @property
+    def manifest(self) -> Path:
+        return self.work / "manifest.jsonl"
+
+    @property
+    def lock(self) -> Path:
+        return self.work / "lock"
+
+    @property
+    def summary(self) -> Path:
+        return self.work / "summary.json"
+
+    @property
+    def to_delete(self) -> Path:
+        """What a user deletes to start over."""
+        return self.work if self.single_file and not self.target.exists() else self.shown
+
+    def read_finished_file(self) -> FinishedFile | None:
+        """What the finished single file says; None where there is no such file yet.
+
+        Raises:
+            OutputError: something that is not a finished output of ours is in its place.
+        """
+        if not self.single_file or not self.target.exists():
+            return None
+        if self.target.is_dir():
+            raise OutputError(f"{self.shown}: is a directory, but an output of that name is a file")
+        try:
+            record = read_record(self.target)
+        except InputError as error:
+            raise OutputError(f"{error}; refusing to overwrite it") from error
+        if record is None or "summary" not in record:
+            raise OutputError(
+                f"{self.shown}: exists and is no finished batchllm output; refusing to overwrite it"
+            )
+        if record["version"] != FORMAT_VERSION:
+            raise wrong_version(self.shown, record["version"])
+        job = Job(record["identity"], record["num_rows"], record["columns"])
+        return FinishedFile(job, record["summary"])
+
+    def refuse_foreign(self) -> None:
+        """Make sure that nothing but our own files is where parts and manifest go.
+
+        Raises:
+            OutputError: there is something else.
+        """
+        folder = self.work if self.single_file else self.target
+        if not folder.exists():
+            return
+        if not folder.is_dir():
+            raise OutputError(f"{self.shown}: exists and is not a directory")
+        if self.manifest.exists():
+            return
+        strangers = [] if self.single_file else [p for p in folder.iterdir() if p != self.work]
+        if self.work.exists():
+            strangers += [p for p in self.work.iterdir() if not self._is_ours(p.name)]
+        if strangers:
+            raise OutputError(
+                f"{folder}: holds {strangers[0].name}, which batchllm did not write;"
+                " choose another output path"
+            )
+
+    def intact_windows(self, state: ManifestState) -> dict[RowRange, WindowRecord]:
+        """The recorded windows whose part is there in full; the rest has to be done again."""
+        return {
+            rows: record
+            for rows, record in state.windows.items()
+            if record.file == part_name(rows)
+            and _size(self.parts / record.file) == record.num_bytes
+        }
+
+    def clean(self, keep: set[str]) -> None:
+        """Remove what a crash left: temporary files, and parts that are not in `keep`."""
+        for path in self.work.iterdir():
+            if path.name.endswith(".tmp"):
+                path.unlink()
+        for path in self.parts.iterdir():
+            if is_part_name(path.name) and path.name not in keep:
+                path.unlink()
+        self.summary.unlink(missing_ok=True)
+
+    def _is_ours(self, name: str) -> bool:
+        own = {self.lock.name, self.manifest.name, self.summary.name}
+        return name in own or name.endswith(".tmp") or is_part_name(name)
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return None

@@ -1,0 +1,61 @@
+"""A model on disk, whatever its format: config and tokenizer at once, weights one at a time."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from batchllm.errors import ModelError
+from batchllm.models.config import ModelConfig
+from batchllm.models.gguf_checkpoint import GGUFCheckpoint
+from batchllm.models.safetensors_checkpoint import SafetensorsCheckpoint
+from batchllm.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Checkpoint(Protocol):
+    """An opened checkpoint: its headers are read and checked, its weights are not loaded."""
+
+    path: Path
+    config: ModelConfig
+
+    def tokenizer(self) -> Tokenizer:
+        """Build the model's tokenizer (a few hundred milliseconds for a large vocabulary)."""
+
+    def weights(self, dtype: "torch.dtype | None" = None) -> Iterator[tuple[str, "torch.Tensor"]]:
+        """Yield every weight once, in no particular order, as (canonical name, tensor).
+
+        Names are Hugging Face's, as `layout.expected_tensors` lists them. Each tensor is its own
+        memory and is converted as it comes, so a model is never held twice.
+
+        Args:
+            dtype: what to convert to. None leaves safetensors as stored, and gives float32 for
+                GGUF, whose blocks have to be dequantised to something.
+        """
+
+    def identity(self) -> dict[str, str]:
+        """What tells this model from another, cheaply and wherever it lies."""
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a model directory (safetensors), a `.gguf` file, or a directory with one of them.
+
+    Raises:
+        ModelError: nothing there, or not a model that batchllm can run; one line.
+    """
+    if path.is_file():
+        if path.suffix == ".safetensors":
+            raise ModelError(f"{path}: give the directory, which has the config and tokenizer too")
+        return GGUFCheckpoint(path)
+    if not path.is_dir():
+        raise ModelError(f"{path}: no such file or directory")
+    if (path / "config.json").is_file():
+        return SafetensorsCheckpoint(path)
+    files = sorted(path.glob("*.gguf"))
+    if len(files) == 1:
+        return GGUFCheckpoint(files[0])
+    if files:
+        names = ", ".join(file.name for file in files)
+        raise ModelError(f"{path}: has {len(files)} GGUF files, give the path of one: {names}")
+    raise ModelError(f"{path}: config.json is missing, and there is no GGUF file")

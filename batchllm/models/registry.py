@@ -1,0 +1,47 @@
+"""Which class runs which architecture."""
+
+from collections.abc import Iterable
+from typing import Protocol
+
+import torch
+
+from batchllm.errors import ModelError
+from batchllm.models.config import ModelConfig
+from batchllm.models.llama import Attend, LlamaModel
+
+
+class Model(Protocol):
+    """A decoder over flat batches; see `LlamaModel` for shapes."""
+
+    config: ModelConfig
+    dtype: torch.dtype
+
+    def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Copy weights in by their Hugging Face names."""
+        ...
+
+    def forward(
+        self, token_ids: torch.Tensor, positions: torch.Tensor, attend: Attend
+    ) -> torch.Tensor:
+        """Hidden states [num_tokens, hidden_size]."""
+        ...
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [n, vocab_size]."""
+        ...
+
+
+_MODELS = {"LlamaForCausalLM": LlamaModel}
+
+
+def make_model(config: ModelConfig, dtype: torch.dtype) -> Model:
+    """Create the model, weights still empty.
+
+    Raises:
+        ModelError: the architecture is not supported.
+    """
+    if config.architecture not in _MODELS:
+        raise ModelError(
+            f"architecture {config.architecture} is not supported; there are: {', '.join(_MODELS)}"
+        )
+    return _MODELS[config.architecture](config, dtype)

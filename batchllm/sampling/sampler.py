@@ -1,0 +1,84 @@
+"""Greedy and random sampling of a step's logits."""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from batchllm.sampling.random import uniform
+from batchllm.scheduler.state import Sample
+
+_FIRST_LOOK = 1024  # candidates sorted before the whole vocabulary is
+
+
+def sample_tokens(logits: torch.Tensor, samples: list[Sample]) -> list[int]:
+    """One token for each row of `logits` [num_samples, vocab_size].
+
+    Greedy rows take the first largest logit. The others are filtered as Hugging Face and vLLM do,
+    temperature, then top-k, then top-p, and drawn by inverting the cumulative distribution at one
+    uniform number that depends on the row's seed, its index and the output position alone.
+    """
+    tokens = logits.argmax(dim=-1)
+    drawn = [i for i, s in enumerate(samples) if not s.sampling_params.greedy]
+    if drawn:
+        rows = torch.tensor(drawn)
+        tokens[rows] = _draw(logits[rows].float(), [samples[i] for i in drawn])
+    return [int(t) for t in tokens.tolist()]
+
+
+def _draw(logits: torch.Tensor, samples: list[Sample]) -> torch.Tensor:
+    params = [s.sampling_params for s in samples]
+    vocab_size = logits.shape[-1]
+    logits = logits / torch.tensor([p.temperature for p in params])[:, None]
+    top_k = torch.tensor([min(p.top_k, vocab_size) or vocab_size for p in params])
+    top_p = torch.tensor([p.top_p for p in params])
+    numbers = torch.from_numpy(_numbers(samples))
+    filtered = (top_k < vocab_size) | (top_p < 1)
+    tokens = torch.empty(len(samples), dtype=torch.int64)
+    for rows in ((~filtered).nonzero().squeeze(1), filtered.nonzero().squeeze(1)):
+        if len(rows) == 0:
+            continue
+        if filtered[rows[0]]:
+            tokens[rows] = _draw_filtered(logits[rows], top_k[rows], top_p[rows], numbers[rows])
+        else:
+            tokens[rows] = _invert(torch.softmax(logits[rows], dim=-1), numbers[rows])
+    return tokens
+
+
+def _draw_filtered(
+    logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, numbers: torch.Tensor
+) -> torch.Tensor:
+    """Sort as many candidates as the filters can keep, then draw among them."""
+    vocab_size = logits.shape[-1]
+    total = torch.logsumexp(logits, dim=-1, keepdim=True)
+    look = min(_FIRST_LOOK, vocab_size)
+    values, order = logits.topk(look, dim=-1)
+    covered = (values - total).exp().sum(dim=-1)
+    unsure = (top_k > look) & ((top_k < vocab_size) | (covered < top_p))
+    if bool(unsure.any()):
+        values, order = logits.sort(dim=-1, descending=True, stable=True)
+    ranks = torch.arange(values.shape[-1])
+    values = values.masked_fill(ranks >= top_k[:, None], -torch.inf)
+    # Where the candidates are but a part of what top-k keeps, weigh them by the whole.
+    whole = torch.where(
+        (top_k <= values.shape[-1])[:, None], torch.logsumexp(values, dim=-1, keepdim=True), total
+    )
+    weights = (values - whole).exp()
+    before = weights.cumsum(dim=-1) - weights
+    weights = weights.masked_fill(before >= top_p[:, None], 0.0)
+    return order.gather(-1, _invert(weights, numbers)[:, None]).squeeze(-1)
+
+
+def _invert(weights: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """Index at which each row's running sum passes its number's share of the total."""
+    running = weights.double().cumsum(dim=-1)
+    wanted = numbers[:, None] * running[:, -1:]
+    index = torch.searchsorted(running, wanted, right=True).squeeze(-1)
+    return index.clamp(max=weights.shape[-1] - 1)
+
+
+def _numbers(samples: list[Sample]) -> NDArray[np.float64]:
+    return uniform(
+        np.array([s.sampling_params.seed for s in samples], dtype=np.int64),
+        np.array([s.row_index for s in samples], dtype=np.int64),
+        np.array([s.output_position for s in samples], dtype=np.int64),
+    )

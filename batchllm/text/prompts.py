@@ -1,0 +1,212 @@
+"""From a table's rows to token ids, one window at a time.
+
+A row that cannot be a prompt gets an error and zero tokens; the others go on.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from batchllm.errors import UsageError
+from batchllm.request import RaggedTokens, RowError
+from batchllm.text import columns, ragged
+from batchllm.text.chat import ChatTemplate
+from batchllm.text.messages import parse_messages
+from batchllm.text.prompt_spec import PromptSpec
+from batchllm.text.template import RowTemplate
+from batchllm.text.tokenizer import Tokenizer
+
+__all__ = ["PromptBatch", "PromptBuilder", "PromptSpec"]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptBatch:
+    """A window's prompts, one per row in order.
+
+    `errors` maps row numbers within the window to what is wrong; such a row has zero tokens.
+    `max_tokens` is int32 [num_rows], 0 for the job's own limit; None without such a column.
+    """
+
+    tokens: RaggedTokens
+    errors: dict[int, RowError]
+    max_tokens: NDArray[np.int32] | None
+
+
+class PromptBuilder:
+    """Makes prompts of tables as a spec says, for one model.
+
+    Args:
+        spec: where prompts come from.
+        tokenizer: the model's.
+        max_model_len: prompt and answer together; a prompt must leave room for one token.
+        vocab_size: the model's number of embeddings, where it differs from the tokenizer's.
+
+    Raises:
+        UsageError: the spec wants a chat template and the model has none, or has a broken one.
+    """
+
+    def __init__(
+        self,
+        spec: PromptSpec,
+        tokenizer: Tokenizer,
+        max_model_len: int,
+        *,
+        vocab_size: int | None = None,
+    ) -> None:
+        self._spec = spec
+        self._tokenizer = tokenizer
+        self._max_model_len = max_model_len
+        self._vocab_size = vocab_size or tokenizer.vocab_size
+        self._chat = _chat_template(spec, tokenizer)
+        self._template = None if spec.template is None else RowTemplate(spec.template)
+
+    def build(self, table: pa.Table) -> PromptBatch:
+        """Render, wrap and tokenize one window; only the spec's columns are touched."""
+        spec = self._spec
+        errors: dict[int, RowError] = {}
+        max_tokens = None
+        if spec.max_tokens_column is not None:
+            max_tokens = columns.max_tokens_rows(table[spec.max_tokens_column], errors)
+        if spec.token_ids_column is not None:
+            column = table[spec.token_ids_column]
+            tokens = columns.token_rows(column, self._vocab_size, errors)
+        else:
+            tokens = self._encode(self._texts(table, errors), errors)
+        self._check_lengths(tokens, errors)
+        return PromptBatch(
+            ragged.without_rows(tokens, list(errors)), dict(sorted(errors.items())), max_tokens
+        )
+
+    def _texts(self, table: pa.Table, errors: dict[int, RowError]) -> list[str]:
+        """The text of each row to tokenize; "" where there is an error."""
+        spec = self._spec
+        make: Callable[[Any], str]
+        if spec.messages_column is not None:
+            values = columns.python_values(table[spec.messages_column], errors)
+            make = self._from_messages
+        elif self._template is not None:
+            needed = table.select(self._template.columns)
+            by_column = [columns.python_values(c, errors) for c in needed.columns]
+            rows = zip(*by_column, strict=True) if by_column else [()] * len(table)
+            values = [dict(zip(self._template.columns, row, strict=True)) for row in rows]
+            make = self._from_row
+        else:
+            assert spec.prompt_column is not None
+            values = columns.python_values(table[spec.prompt_column], errors)
+            make = self._from_text
+        texts = [""] * len(values)
+        for row, value in enumerate(values):
+            if row not in errors:
+                try:
+                    texts[row] = make(value)
+                except _RowProblemError as problem:
+                    errors[row] = problem.error
+        return texts
+
+    def _from_text(self, text: str | None) -> str:
+        if text is None:
+            raise _RowProblemError("null_prompt", "the prompt is null")
+        if self._chat is None:
+            return text
+        return self._render_chat([{"role": "user", "content": text}])
+
+    def _from_row(self, row: Mapping[str, Any]) -> str:
+        assert self._template is not None
+        try:
+            text = self._template.render(row)
+        except ValueError as error:
+            raise _RowProblemError("template_error", str(error)) from None
+        return self._from_text(text)
+
+    def _from_messages(self, value: Any) -> str:
+        if value is None:
+            raise _RowProblemError("null_prompt", "the messages are null")
+        try:
+            messages = parse_messages(value)
+        except ValueError as error:
+            raise _RowProblemError("invalid_messages", str(error)) from None
+        return self._render_chat(messages)
+
+    def _render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        assert self._chat is not None
+        if self._spec.system is not None and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self._spec.system}, *messages]
+        try:
+            return self._chat.render(messages)
+        except ValueError as error:
+            raise _RowProblemError("template_error", f"the chat template: {error}") from None
+
+    def _encode(self, texts: list[str], errors: dict[int, RowError]) -> RaggedTokens:
+        for row, text in enumerate(texts):
+            # Only JSON and templates can bring a lone surrogate, but one would fail the batch.
+            if not _encodable(text):
+                texts[row] = ""
+                errors[row] = RowError("invalid_utf8", "the text has a lone surrogate")
+        unique = list(dict.fromkeys(texts))
+        tokens = self._tokenizer.encode_batch(unique, add_special_tokens=self._chat is None)
+        if len(unique) == len(texts):
+            return tokens
+        number = {text: i for i, text in enumerate(unique)}
+        return ragged.take_rows(tokens, np.array([number[t] for t in texts], dtype=np.int64))
+
+    def _check_lengths(self, tokens: RaggedTokens, errors: dict[int, RowError]) -> None:
+        lengths, limit = tokens.lengths, self._max_model_len
+        for row in np.flatnonzero(lengths == 0).tolist():
+            errors.setdefault(row, RowError("empty_prompt", "the prompt has no tokens"))
+        for row in np.flatnonzero(lengths >= limit).tolist():
+            message = (
+                f"the prompt has {lengths[row]:,} tokens, and the model's length of {limit:,} "
+                "must hold one more"
+            )
+            errors.setdefault(row, RowError("prompt_too_long", message))
+        outside = tokens.values >= self._vocab_size
+        for row in ragged.rows_with(outside, tokens.offsets):
+            error = columns.outside_vocabulary(int(tokens[row].max()), self._vocab_size)
+            errors.setdefault(row, error)
+
+
+class _RowProblemError(Exception):
+    """Carries a row's error up to the loop over rows."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.error = RowError(code, message)
+
+
+def _chat_template(spec: PromptSpec, tokenizer: Tokenizer) -> ChatTemplate | None:
+    """The template to wrap rows in, or None where text goes to the model as it is."""
+    source = tokenizer.chat_template
+    if spec.token_ids_column is not None or spec.chat is False:
+        return None
+    if source is None:
+        if spec.messages_column is None and spec.chat is None and spec.system is None:
+            return None
+        wants = (
+            "messages need"
+            if spec.messages_column
+            else "chat needs"
+            if spec.chat
+            else "system needs"
+        )
+        raise UsageError(
+            f"{wants} a chat template, and the model has none; "
+            "use a prompt column or a template without chat, or an instruction-tuned model"
+        )
+    try:
+        return ChatTemplate(source, tokenizer.bos_token, tokenizer.eos_token)
+    except ValueError as error:
+        raise UsageError(f"{error}; switch chat off to use the model without it") from None
+
+
+def _encodable(text: str) -> bool:
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
