@@ -68,8 +68,8 @@ class OutputLock:
         self._handle: int | None = handle
 
     @classmethod
-    def acquire(cls, path: Path) -> "OutputLock":
-        """Take the lock at once.
+    def acquire(cls, path: Path, output: Path) -> "OutputLock":
+        """Take the lock at `path` at once; `output` is what it guards, for messages.
 
         Raises:
             OutputError: another process holds it.
@@ -82,7 +82,7 @@ class OutputLock:
             except BlockingIOError:
                 os.close(handle)
                 raise OutputError(
-                    f"{path.parent}: another process is writing this output; wait for it to end"
+                    f"{output}: another process is writing it; wait for that one to end"
                 ) from None
             except OSError as error:
                 if error.errno not in _NO_LOCKS:

@@ -177,21 +177,22 @@ class OutputStore:
         layout = self._layout
         layout.refuse_foreign()
         made = [path for path in (layout.work, layout.target) if not path.exists()]
-        layout.work.mkdir(parents=True, exist_ok=True)
-        lock = OutputLock.acquire(layout.lock)
         try:
+            layout.work.mkdir(parents=True, exist_ok=True)
+            self._lock = OutputLock.acquire(layout.lock, layout.shown)
             if self._load_complete():  # by a process that held the lock until now
-                self._tidy(lock)
+                self._tidy(self._lock)
                 return
             self._manifest = self._open_manifest()
             layout.clean(keep={record.file for record in self._windows.values()})
         except Exception:
-            lock.release(delete=bool(made))
+            if self._lock is not None:
+                self._lock.release(delete=bool(made))
+            self.close()
             for path in made:
                 with suppress(OSError):
                     path.rmdir()
             raise
-        self._lock = lock
 
     def _open_manifest(self) -> Manifest:
         layout = self._layout
@@ -267,7 +268,7 @@ class OutputStore:
         layout = self._layout
         if layout.work.exists() if layout.single_file else not layout.summary.exists():
             with suppress(OSError, OutputError):
-                self._tidy(OutputLock.acquire(layout.lock))
+                self._tidy(OutputLock.acquire(layout.lock, layout.shown))
 
     def _temporary(self, name: str) -> Path:
         return self._layout.work / f"{name}.tmp"

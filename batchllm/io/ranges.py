@@ -40,6 +40,8 @@ def gaps(num_rows: int, finished: Iterable[RowRange]) -> list[RowRange]:
     for done in sorted(finished):
         if done.end > num_rows:
             raise ValueError(f"finished {done}, but there are only {num_rows} rows")
+        if done.start == done.end:
+            continue
         if done.start > covered_to:
             found.append(RowRange(covered_to, done.start))
         covered_to = max(covered_to, done.end)

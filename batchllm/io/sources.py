@@ -154,6 +154,9 @@ def _overlap(source: Path, target: Path) -> bool:
 
 def _may_match(path: Path, fixed: Path, wild: Path) -> bool:
     """Whether a later expansion of the pattern would reach `path`; `**` stands for anything."""
-    if "**" not in wild.parts:
-        return path.match(str(fixed / wild))
-    return path.is_relative_to(fixed) and path.match(wild.parts[-1])
+    if not path.is_relative_to(fixed):
+        return False
+    if "**" in wild.parts:
+        return path.match(wild.parts[-1])
+    below = path.relative_to(fixed)
+    return len(below.parts) == len(wild.parts) and below.match(str(wild))

@@ -8,6 +8,18 @@ from batchllm.errors import ModelError
 
 SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM",)
 STORED_DTYPES = ("bfloat16", "float16", "float32")
+_POSITIVE = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "rms_norm_eps",
+    "rope_theta",
+    "max_position_embeddings",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,10 +84,7 @@ class ModelConfig:
                 f"architecture {self.architecture!r} is not supported; "
                 f"supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
             )
-        for name in (
-            "vocab_size hidden_size intermediate_size num_layers num_heads num_kv_heads "
-            "head_dim rms_norm_eps rope_theta max_position_embeddings"
-        ).split():
+        for name in _POSITIVE:
             if getattr(self, name) <= 0:
                 raise ModelError(f"model config: {name} is {getattr(self, name)}, not positive")
         if self.num_heads % self.num_kv_heads:
@@ -135,7 +144,7 @@ class ModelConfig:
         )
 
 
-def token_ids(value: Any, name: str) -> tuple[int, ...]:
+def token_ids(value: object, name: str) -> tuple[int, ...]:
     """A config's one id, list of ids or null as a tuple."""
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):

@@ -78,7 +78,7 @@ class GGUFCheckpoint:
             raise ModelError(f"{self.path}: {error}") from None
 
     def weights(self, dtype: "torch.dtype | None" = None) -> Iterator[tuple[str, "torch.Tensor"]]:
-        """Yield (canonical name, tensor) one at a time, dequantised to `dtype` (default float32)."""
+        """Yield (canonical name, tensor) one at a time, dequantised to `dtype` (or float32)."""
         import torch
 
         for name, tensor in self._tensors.items():
@@ -118,6 +118,7 @@ def hugging_face_row_order(num_heads: int, head_dim: int) -> NDArray[np.intp]:
 
 
 def can_dequantize(tensor: GGUFTensor) -> bool:
+    """Whether `dequantized_chunks` knows the tensor's type."""
     from gguf import GGMLQuantizationType, quants
 
     kind = GGMLQuantizationType(tensor.type_id)

@@ -63,7 +63,7 @@ def read_gguf_config(file: GGUFFile) -> ModelConfig:
     )
 
 
-def _get(metadata: dict[str, Any], key: str, default: Any = None) -> Any:
+def _get(metadata: dict[str, Any], key: str, default: object = None) -> Any:  # noqa: ANN401
     value = metadata.get(f"llama.{key}", default)
     if isinstance(value, list | np.ndarray):
         raise ModelError(f"llama.{key} differs from layer to layer, which is not supported")
@@ -71,14 +71,14 @@ def _get(metadata: dict[str, Any], key: str, default: Any = None) -> Any:
 
 
 def _stored_dtype(file: GGUFFile) -> str:
-    """The type of most weights; block-quantised ones count as bfloat16, which loses least memory."""
+    """The type of most weights; block-quantised ones count as bfloat16."""
     sizes: Counter[str] = Counter()
     for tensor in file.tensors.values():
         sizes[_STORED.get(tensor.type_name, "bfloat16")] += tensor.num_elements
     return sizes.most_common(1)[0][0]
 
 
-def _rope_scaling(file: GGUFFile, base: Any) -> dict[str, Any] | None:
+def _rope_scaling(file: GGUFFile, base: float) -> dict[str, Any] | None:
     """The scaling in Hugging Face's words."""
     kind = _get(file.metadata, "rope.scaling.type", "none")
     if kind not in ("none", "linear"):
@@ -91,7 +91,7 @@ def _rope_scaling(file: GGUFFile, base: Any) -> dict[str, Any] | None:
     return {"rope_type": "linear", "factor": factor} if kind == "linear" and factor != 1 else None
 
 
-def _llama3_scaling(file: GGUFFile, base: Any) -> dict[str, Any] | None:
+def _llama3_scaling(file: GGUFFile, base: float) -> dict[str, Any] | None:
     """Recover the parameters behind the factors by which a file divides its frequencies.
 
     The largest factor is the scaling factor itself; the others must then follow from the constants
@@ -111,7 +111,7 @@ def _llama3_scaling(file: GGUFFile, base: Any) -> dict[str, Any] | None:
         **_LLAMA3,
         "original_max_position_embeddings": original,
     }
-    expected = _llama3_factors(len(factors), float(base), factor, original)
+    expected = _llama3_factors(len(factors), base, factor, original)
     if not np.allclose(factors, expected, rtol=1e-3):
         raise ModelError(
             f"tensor {ROPE_FACTORS} holds frequency factors other than Llama 3's, "

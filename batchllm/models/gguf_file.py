@@ -108,7 +108,7 @@ class _Reader:
         self.data = data
         self.position = 0
 
-    def scalar(self, code: str) -> Any:
+    def scalar(self, code: str) -> Any:  # noqa: ANN401
         (value,) = struct.unpack_from(code, self.data, self.position)
         self.position += struct.calcsize(code)
         return value
@@ -125,7 +125,7 @@ class _Reader:
     def string(self) -> str:
         return self.bytes_().decode()
 
-    def value(self, kind: int) -> Any:
+    def value(self, kind: int) -> Any:  # noqa: ANN401
         if kind == _STRING:
             # A value may hold any bytes; a damaged one must not cost the whole file.
             return self.bytes_().decode(errors="replace")

@@ -27,6 +27,15 @@ class SchedulerStats:
     recomputed_tokens: int = 0
     preemptions: int = 0
 
+    def since(self, before: "SchedulerStats") -> "SchedulerStats":
+        """What was added since a copy was taken."""
+        return SchedulerStats(
+            self.steps - before.steps,
+            self.computed_prompt_tokens - before.computed_prompt_tokens,
+            self.recomputed_tokens - before.recomputed_tokens,
+            self.preemptions - before.preemptions,
+        )
+
 
 class Scheduler:
     """Hands out prefill chunks and decodes, mixed, as memory allows.

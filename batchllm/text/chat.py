@@ -40,8 +40,8 @@ class ChatTemplate:
         """Render one conversation.
 
         Args:
-            messages: `{"role": …, "content": …}` and whatever else the template reads. Keys with the
-                value None are left out, as templates test for a key and not for null.
+            messages: `{"role": …, "content": …}` and whatever else the template reads. A key
+                whose value is None is left out, as templates test for keys and not for null.
             add_generation_prompt: end with the header of the answer to come.
 
         Raises:
@@ -80,7 +80,7 @@ def _strftime_now(pattern: str) -> str:
 
 
 def to_json(
-    value: Any,
+    value: object,
     ensure_ascii: bool = False,
     indent: int | str | None = None,
     separators: tuple[str, str] | None = None,

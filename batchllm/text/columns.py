@@ -44,16 +44,19 @@ def check_column(
 
 
 def is_text(kind: pa.DataType) -> bool:
+    """Strings of any layout."""
     return bool(
         pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
     )
 
 
 def is_integer(kind: pa.DataType) -> bool:
+    """Whole numbers of any width."""
     return bool(pa.types.is_integer(kind))
 
 
 def is_list_of_integers(kind: pa.DataType) -> bool:
+    """Lists of any layout of whole numbers of any width."""
     return _is_list(kind) and is_integer(kind.value_type)
 
 
@@ -107,6 +110,7 @@ def token_rows(column: pa.ChunkedArray, vocab_size: int, errors: RowErrors) -> R
 
 
 def outside_vocabulary(token_id: int, vocab_size: int) -> RowError:
+    """The error of a row that has this id."""
     message = f"token id {token_id} is outside the vocabulary of {vocab_size:,}"
     return RowError("invalid_token_ids", message)
 

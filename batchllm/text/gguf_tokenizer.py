@@ -3,8 +3,8 @@
 A GGUF has no `tokenizer.json`; it lists tokens with their types, merges or scores, and names how
 text is split before merging. What follows from those names is llama.cpp's definition (its
 `llama-vocab.cpp`), which is what the file was written for. transformers differs in one place that
-matters: it does not know the pre-tokenizer `smollm` and falls back to GPT-2's, which tokenizes
-whitespace before a digit otherwise ("\\n\\n1." becomes other ids than the model was trained on).
+matters: it does not know the pre-tokenizer `smollm` and falls back to GPT-2's, which treats
+whitespace before a digit otherwise: an empty line before "1." gets ids the model never saw.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import tokenizers
+from numpy.typing import NDArray
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from batchllm.errors import ModelError
@@ -67,7 +68,16 @@ _PRE_TOKENIZERS = {
 # Tokens that end an answer in one model family or another, by llama.cpp's list. A file names one
 # end token, where a chat model often has two (<|im_end|> and <|endoftext|>).
 _END_TOKENS = frozenset(
-    "<|eot_id|> <|eom_id|> <|end_of_text|> <|im_end|> <|endoftext|> <|end|> </s> <end_of_turn>".split()
+    {
+        "<|eot_id|>",
+        "<|eom_id|>",
+        "<|end_of_text|>",
+        "<|im_end|>",
+        "<|endoftext|>",
+        "<|end|>",
+        "</s>",
+        "<end_of_turn>",
+    }
 )
 
 
@@ -92,7 +102,7 @@ def gguf_special_ids(metadata: Mapping[str, Any]) -> GGUFSpecialIds:
     is_spm = metadata.get("tokenizer.ggml.model") == "llama"
 
     def named(key: str, default: int | None = None) -> int | None:
-        token_id = metadata.get(f"tokenizer.ggml.{key}_token_id", default)
+        token_id: int | None = metadata.get(f"tokenizer.ggml.{key}_token_id", default)
         if token_id is not None and not 0 <= token_id < len(tokens):
             raise ModelError(
                 f"tokenizer.ggml.{key}_token_id is {token_id}, outside the vocabulary of "
@@ -181,7 +191,7 @@ def _byte_level_bpe(
 def _sentencepiece_bpe(
     metadata: Mapping[str, Any],
     tokens: Sequence[str],
-    types: Sequence[int],
+    types: NDArray[np.int32],
     unknown: int | None,
 ) -> tuple[tokenizers.Tokenizer, bool]:
     scores = metadata.get("tokenizer.ggml.scores")
@@ -211,7 +221,7 @@ def _sentencepiece_bpe(
 
 
 def _merges_from_scores(
-    tokens: Sequence[str], scores: Sequence[float], types: Sequence[int]
+    tokens: Sequence[str], scores: Sequence[float], types: NDArray[np.int32]
 ) -> list[tuple[str, str]]:
     """The merges a SentencePiece vocabulary implies, best first.
 
@@ -233,14 +243,14 @@ def _merges_from_scores(
 
 
 def _add_whole_tokens(
-    backend: tokenizers.Tokenizer, tokens: Sequence[str], types: Sequence[int]
+    backend: tokenizers.Tokenizer, tokens: Sequence[str], types: NDArray[np.int32]
 ) -> None:
     """Have the tokens that are never cut recognised in text: control ones are special as well."""
     for kind in (_UNKNOWN, _CONTROL, _USER_DEFINED):
         special = kind != _USER_DEFINED
         added = [
             AddedToken(tokens[i], normalized=False, special=special)
-            for i in np.flatnonzero(np.asarray(types) == kind).tolist()
+            for i in np.flatnonzero(types == kind).tolist()
             if tokens[i]
         ]
         if special:
@@ -256,11 +266,11 @@ def _tokens(metadata: Mapping[str, Any]) -> list[str]:
     return tokens
 
 
-def _token_types(metadata: Mapping[str, Any], count: int) -> Any:
+def _token_types(metadata: Mapping[str, Any], count: int) -> NDArray[np.int32]:
     """Each token's type, int32 [count]; a file that does not tell has only normal ones."""
     types = metadata.get("tokenizer.ggml.token_type")
     if types is None:
         return np.ones(count, dtype=np.int32)
     if len(types) != count:
         raise ModelError(f"the GGUF file has {len(types):,} token types for {count:,} tokens")
-    return np.asarray(types)
+    return np.asarray(types, dtype=np.int32)

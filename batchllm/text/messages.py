@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 
-def parse_messages(value: Any) -> list[dict[str, Any]]:
+def parse_messages(value: object) -> list[dict[str, Any]]:
     """Read one conversation: a list of messages, or JSON text of one.
 
     A message is an object with a `role` and a `content`, which is text or a list of parts; an
@@ -35,5 +35,5 @@ def parse_messages(value: Any) -> list[dict[str, Any]]:
     return value
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     return "null" if value is None else f"of type {type(value).__name__}"

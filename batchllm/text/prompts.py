@@ -122,7 +122,7 @@ class PromptBuilder:
             raise _RowProblemError("template_error", str(error)) from None
         return self._from_text(text)
 
-    def _from_messages(self, value: Any) -> str:
+    def _from_messages(self, value: object) -> str:
         if value is None:
             raise _RowProblemError("null_prompt", "the messages are null")
         try:

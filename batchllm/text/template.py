@@ -79,7 +79,7 @@ def _is_row(node: nodes.Node) -> bool:
     return isinstance(node, nodes.Name) and node.name == _ROW
 
 
-def _refuse_null(value: Any) -> Any:
+def _refuse_null(value: object) -> object:
     if value is None:
         raise ValueError('a value is null; write {{ column or "" }} where that may be')
     return value

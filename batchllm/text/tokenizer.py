@@ -174,7 +174,7 @@ def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _token_text(value: Any) -> str | None:
+def _token_text(value: object) -> str | None:
     """A special token as its text; files hold the text or an object around it."""
     text = value.get("content") if isinstance(value, dict) else value
     return text if isinstance(text, str) and text else None

@@ -1,0 +1,355 @@
+"""The one entry that the command line, Python and the integrations go through."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import pyarrow as pa
+
+from batchllm.cache.block_pool import BlockPool
+from batchllm.config import EngineConfig
+from batchllm.engine import Engine
+from batchllm.errors import UsageError
+from batchllm.io.answers import AnswerColumns
+from batchllm.metrics import Metrics
+from batchllm.models.checkpoint import Checkpoint, open_checkpoint
+from batchllm.models.locate import resolve
+from batchllm.prefix.order import get_policy
+from batchllm.prefix.plan import PrefixPlan, plan_requests
+from batchllm.progress import Progress
+from batchllm.request import Request, RequestOutput, RowError, SamplingParams
+from batchllm.runner.load import load_runner
+from batchllm.scheduler.scheduler import Scheduler, SchedulerStats
+from batchllm.scheduler.state import Batch
+from batchllm.scheduler.state import Sequence as RunState
+from batchllm.text.prompts import PromptBuilder, PromptSpec
+
+Prompt = str | Sequence[int]
+_NO_TOKENS = np.zeros(0, dtype=np.int32)
+
+
+class LLM:
+    """A model, loaded once and ready to answer tables.
+
+    Args:
+        model: a directory with safetensors, a GGUF file, a Hugging Face hub id, a registered
+            name, or an opened checkpoint; None is the default model.
+        config: how the engine runs; or give its fields as keywords (`dtype=…, kv_memory=…`).
+
+    Raises:
+        ModelError: the model cannot be found or loaded.
+        UsageError: an option is unknown or out of range.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | Checkpoint | None = None,
+        config: EngineConfig | None = None,
+        **options: Any,
+    ) -> None:
+        if config is not None and options:
+            raise UsageError(f"give a config or options, not both: {', '.join(options)}")
+        started = time.perf_counter()
+        self.config = config or EngineConfig.from_options(**options)
+        get_policy(self.config.policy)
+        if isinstance(model, str | Path | None):
+            model = open_checkpoint(resolve(None if model is None else str(model)))
+        self.checkpoint = model
+        self.max_model_len = choose_max_model_len(model, self.config)
+        self.tokenizer = model.tokenizer()
+        loaded = load_runner(model, self.config, self.max_model_len)
+        self.dtype = loaded.dtype
+        self.num_kv_blocks = loaded.num_blocks
+        self._runner = loaded.runner
+        self._scheduler = self._new_scheduler()
+        self.load_seconds = time.perf_counter() - started
+        self.metrics = Metrics()
+
+    @overload
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        chat: bool | None = None,
+    ) -> list[RequestOutput]: ...
+
+    @overload
+    def generate(
+        self,
+        prompts: pa.Table,
+        sampling_params: SamplingParams | None = None,
+        *,
+        output_column: str = "answer",
+        **prompt: Any,
+    ) -> pa.Table: ...
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt] | pa.Table,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        chat: bool | None = None,
+        output_column: str = "answer",
+        **prompt: Any,
+    ) -> list[RequestOutput] | pa.Table:
+        """Answer prompts (texts or token ids), or the rows of an Arrow table.
+
+        Args:
+            prompts: texts and lists of token ids; or a table, and then `prompt_column=`,
+                `messages_column=`, `token_ids_column=` or `template=` says where its prompts are
+                (see `PromptSpec`).
+            sampling_params: one for all, or one a prompt.
+            chat: wrap texts in the chat template; None does where the model has one.
+            output_column: of a table, the answer's column.
+            **prompt: of a table, the fields of a `PromptSpec`.
+
+        Returns:
+            One output a prompt, in order; or the table with the answer columns added.
+
+        Raises:
+            UsageError: an argument makes no sense. A bad row is an output with an error.
+        """
+        if isinstance(prompts, pa.Table):
+            if not isinstance(sampling_params, SamplingParams | None):
+                raise UsageError("for a table, give one SamplingParams, and a max_tokens_column")
+            spec = PromptSpec(chat=chat, **prompt)
+            return self.generate_table(
+                prompts, spec, sampling_params, output_column=output_column
+            )
+        if prompt:
+            raise UsageError(f"{', '.join(prompt)} only applies to a table")
+        return self._generate_list(prompts, sampling_params or SamplingParams(), chat)
+
+    def chat(
+        self,
+        conversations: Sequence[Sequence[dict[str, str]]],
+        sampling_params: SamplingParams | None = None,
+    ) -> list[RequestOutput]:
+        """Answer conversations, each a list of messages with `role` and `content`."""
+        kind = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+        table = pa.table({"messages": pa.array(list(conversations), kind)})
+        requests, errors = self.requests(
+            table, PromptSpec(messages_column="messages"), sampling_params or SamplingParams()
+        )
+        return self.answer(requests, errors)
+
+    def generate_table(
+        self,
+        table: pa.Table,
+        spec: PromptSpec,
+        sampling_params: SamplingParams | None = None,
+        *,
+        output_column: str = "answer",
+        first_row: int = 0,
+        progress: Progress | None = None,
+    ) -> pa.Table:
+        """Answer the rows of one table, planned together; returns it with answer columns added.
+
+        `first_row` is the table's place in the whole input: seeds go by a row's index there.
+        """
+        spec.check(table.schema)
+        columns = AnswerColumns.choose(table.schema, output_column)
+        requests, errors = self.requests(
+            table, spec, sampling_params or SamplingParams(), first_row=first_row
+        )
+        return columns.append(table, self.answer(requests, errors, progress=progress))
+
+    def requests(
+        self,
+        table: pa.Table,
+        spec: PromptSpec,
+        sampling_params: SamplingParams,
+        *,
+        first_row: int = 0,
+    ) -> tuple[list[Request], dict[int, RowError]]:
+        """Make a table's requests: those that can run, and by row index the errors of the rest."""
+        started = time.perf_counter()
+        builder = PromptBuilder(
+            spec,
+            self.tokenizer,
+            self.max_model_len,
+            vocab_size=self.checkpoint.config.vocab_size,
+        )
+        batch = builder.build(table)
+        by_length: dict[int, SamplingParams] = {0: sampling_params}
+        requests = []
+        for row in range(table.num_rows):
+            if row in batch.errors:
+                continue
+            limit = 0 if batch.max_tokens is None else int(batch.max_tokens[row])
+            if limit not in by_length:
+                by_length[limit] = replace(sampling_params, max_tokens=limit)
+            requests.append(Request(first_row + row, batch.tokens[row], by_length[limit]))
+        errors = {first_row + row: error for row, error in batch.errors.items()}
+        self.metrics.prompt_seconds += time.perf_counter() - started
+        return requests, errors
+
+    def answer(
+        self,
+        requests: Sequence[Request],
+        errors: dict[int, RowError] | None = None,
+        *,
+        progress: Progress | None = None,
+    ) -> list[RequestOutput]:
+        """Answer requests, planned together; `errors` are rows that failed before.
+
+        Returns:
+            One output for each request and error, by row index.
+        """
+        outputs = [_failed(row, error) for row, error in (errors or {}).items()]
+        self.metrics.rows += len(outputs)
+        self.metrics.failed += len(outputs)
+        if progress:
+            progress.finish_rows(len(outputs))
+        started = time.perf_counter()
+        plan = plan_requests(requests, policy=self.config.policy, sharing=self.config.sharing)
+        planned = time.perf_counter()
+        outputs += self._run(plan, progress)
+        self.metrics.plan_seconds += planned - started
+        self.metrics.engine_seconds += time.perf_counter() - planned
+        self.metrics.windows += 1
+        return sorted(outputs, key=lambda o: o.row_index)
+
+    def _new_scheduler(self) -> Scheduler:
+        return Scheduler(
+            BlockPool(self.num_kv_blocks, self.config.block_size),
+            max_model_len=self.max_model_len,
+            max_num_batched_tokens=self.config.max_num_batched_tokens,
+            max_num_seqs=self.config.max_num_seqs,
+            eos_token_ids=frozenset(self.tokenizer.eos_token_ids),
+        )
+
+    def _run(self, plan: PrefixPlan, progress: Progress | None) -> list[RequestOutput]:
+        rows = plan.tree.row_counts()
+        on_step: Callable[[Batch], None] = progress.on_step if progress else lambda batch: None
+        if progress:
+            progress.start_window(plan)
+        before = replace(self._scheduler.stats)
+        finished: list[RunState] = []
+        try:
+            for sequence in Engine(self._scheduler, self._runner, on_step=on_step).run(plan):
+                finished.append(sequence)
+                if progress:
+                    progress.finish_rows(int(rows[sequence.leaf]))
+        except BaseException:  # an interrupt leaves sequences behind; the next window starts clean
+            self._scheduler = self._new_scheduler()
+            raise
+        outputs = self._outputs(plan, finished)
+        self._count(plan, finished, outputs, self._scheduler.stats.since(before))
+        return outputs
+
+    def _outputs(self, plan: PrefixPlan, finished: list[RunState]) -> list[RequestOutput]:
+        """One output a row; the duplicates of a leaf all get its answer."""
+        tokens = [np.array(s.output_token_ids, dtype=np.int32) for s in finished]
+        texts = self.tokenizer.decode_batch(tokens)
+        outputs = []
+        tree = plan.tree
+        for sequence, ids, text in zip(finished, tokens, texts, strict=True):
+            error = None
+            if sequence.finish_reason == "error":
+                error = RowError("kv_memory", self._does_not_fit(sequence))
+            begin, end = tree.row_offsets[sequence.leaf : sequence.leaf + 2].tolist()
+            length = sequence.num_prompt_tokens
+            for index, row in enumerate(tree.rows[begin:end].tolist()):
+                fresh = sequence.num_fresh_prompt_tokens if index == 0 else 0
+                outputs.append(
+                    RequestOutput(
+                        row_index=plan.requests[row].row_index,
+                        text=None if error else text,
+                        output_token_ids=ids,
+                        finish_reason=sequence.finish_reason or "error",
+                        prompt_tokens=length,
+                        cached_tokens=0 if error else length - fresh,
+                        error=error,
+                    )
+                )
+        return outputs
+
+    def _does_not_fit(self, sequence: RunState) -> str:
+        size = self.config.block_size
+        needed = self._scheduler.blocks_alone(sequence)
+        return (
+            f"prompt and answer may need {needed * size:,} tokens of KV memory, there are "
+            f"{self.num_kv_blocks * size:,}; give more with --kv-memory or lower --max-tokens"
+        )
+
+    def _count(
+        self,
+        plan: PrefixPlan,
+        finished: list[RunState],
+        outputs: list[RequestOutput],
+        stats: SchedulerStats,
+    ) -> None:
+        metrics = self.metrics
+        metrics.rows += len(outputs)
+        metrics.failed += sum(o.error is not None for o in outputs)
+        metrics.duplicate_rows += len(outputs) - len(finished)
+        metrics.prompt_tokens += sum(o.prompt_tokens for o in outputs if o.error is None)
+        metrics.computed_prompt_tokens += stats.computed_prompt_tokens
+        metrics.repeated_last_tokens += plan.tree.num_repeated_tokens
+        metrics.recomputed_tokens += stats.recomputed_tokens
+        metrics.output_tokens += sum(o.output_tokens for o in outputs)
+        metrics.computed_output_tokens += sum(len(s.output_token_ids) for s in finished)
+        metrics.steps += stats.steps
+        metrics.preemptions += stats.preemptions
+        metrics.peak_kv_blocks = max(
+            metrics.peak_kv_blocks, self._scheduler.pool.peak_used
+        )
+
+    def _generate_list(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams],
+        chat: bool | None,
+    ) -> list[RequestOutput]:
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(prompts):
+            raise UsageError(f"{len(prompts)} prompts, but {len(each)} SamplingParams")
+        requests: list[Request] = []
+        errors: dict[int, RowError] = {}
+        texts = [i for i, p in enumerate(prompts) if isinstance(p, str)]
+        ids = [i for i, p in enumerate(prompts) if not isinstance(p, str)]
+        for rows, kind, spec in (
+            (texts, pa.string(), PromptSpec(prompt_column="prompt", chat=chat)),
+            (ids, pa.list_(pa.int64()), PromptSpec(token_ids_column="prompt")),
+        ):
+            if not rows:
+                continue
+            table = pa.table({"prompt": pa.array([prompts[i] for i in rows], kind)})
+            made, failed = self.requests(table, spec, SamplingParams())
+            requests += [
+                Request(rows[r.row_index], r.prompt_token_ids, each[rows[r.row_index]])
+                for r in made
+            ]
+            errors |= {rows[index]: error for index, error in failed.items()}
+        return self.answer(sorted(requests, key=lambda r: r.row_index), errors)
+
+
+def choose_max_model_len(checkpoint: Checkpoint, config: EngineConfig) -> int:
+    """Tokens of prompt and answer together, by the config or as the model was made for.
+
+    Raises:
+        UsageError: the config asks for more than the model was made for.
+    """
+    longest = checkpoint.config.max_position_embeddings
+    if config.max_model_len is not None and config.max_model_len > longest:
+        raise UsageError(
+            f"max_model_len is {config.max_model_len:,}; the model was made for {longest:,}"
+        )
+    return config.max_model_len or longest
+
+
+def _failed(row: int, error: RowError) -> RequestOutput:
+    return RequestOutput(
+        row_index=row,
+        text=None,
+        output_token_ids=_NO_TOKENS,
+        finish_reason="error",
+        prompt_tokens=0,
+        cached_tokens=0,
+        error=error,
+    )

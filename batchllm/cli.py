@@ -1,0 +1,368 @@
+"""The command line: run, plan, inspect, models."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from batchllm import __version__
+from batchllm.errors import BatchLLMError, UsageError
+
+FAILED, USAGE, TOO_MANY_ERRORS, INTERRUPTED = 1, 2, 3, 130
+
+app = typer.Typer(
+    help="Run a language model over a table: Parquet in, Parquet out, "
+    "every shared prompt prefix computed once.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+models_app = typer.Typer(help="Models that are known by name: list them, pull them.")
+app.add_typer(models_app, name="models")
+
+_PROMPT, _SAMPLING, _ENGINE = "Prompt (exactly one source)", "Sampling", "Engine"
+Input = Annotated[str, typer.Argument(help="A Parquet file, a directory of them, or a glob.")]
+Output = Annotated[str, typer.Argument(help="A .parquet file or a directory.")]
+ModelName = Annotated[
+    str | None,
+    typer.Option("--model", help="Directory, GGUF file, hub id or name. [default: built in]"),
+]
+PromptColumn = Annotated[
+    str | None, typer.Option(help="Column of prompts.", rich_help_panel=_PROMPT)
+]
+MessagesColumn = Annotated[
+    str | None,
+    typer.Option(help="Column of chats: lists of role and content.", rich_help_panel=_PROMPT),
+]
+TokenIdsColumn = Annotated[
+    str | None, typer.Option(help="Column of token ids.", rich_help_panel=_PROMPT)
+]
+Template = Annotated[
+    str | None,
+    typer.Option(
+        help="Jinja template over the columns, like '{{ title }}'; or @FILE.",
+        rich_help_panel=_PROMPT,
+    ),
+]
+System = Annotated[str | None, typer.Option(help="System message.", rich_help_panel=_PROMPT)]
+Chat = Annotated[
+    bool | None,
+    typer.Option(
+        "--chat/--no-chat",
+        help="Wrap prompts in the model's chat template. [default: if it has one]",
+        rich_help_panel=_PROMPT,
+        show_default=False,
+    ),
+]
+MaxTokensColumn = Annotated[
+    str | None,
+    typer.Option(help="Column of each row's own --max-tokens.", rich_help_panel=_SAMPLING),
+]
+WindowRows = Annotated[int, typer.Option(help="Rows planned and written together.")]
+Limit = Annotated[int | None, typer.Option(help="Only the first N rows.")]
+
+
+@app.command()
+def run(
+    input: Input,  # noqa: A002 - the word users read in the help
+    output: Output,
+    model: ModelName = None,
+    prompt_column: PromptColumn = None,
+    messages_column: MessagesColumn = None,
+    token_ids_column: TokenIdsColumn = None,
+    template: Template = None,
+    system: System = None,
+    chat: Chat = None,
+    output_column: Annotated[str, typer.Option(help="The answer's column.")] = "answer",
+    max_tokens: Annotated[
+        int, typer.Option(help="Longest answer, in tokens.", rich_help_panel=_SAMPLING)
+    ] = 256,
+    max_tokens_column: MaxTokensColumn = None,
+    temperature: Annotated[
+        float, typer.Option(help="0 is greedy.", rich_help_panel=_SAMPLING)
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(help="Nucleus sampling; 1 is off.", rich_help_panel=_SAMPLING)
+    ] = 1.0,
+    top_k: Annotated[
+        int, typer.Option(help="Most likely tokens kept; 0 is off.", rich_help_panel=_SAMPLING)
+    ] = 0,
+    seed: Annotated[
+        int, typer.Option(help="A row draws by this and its index.", rich_help_panel=_SAMPLING)
+    ] = 0,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Go on to --max-tokens.", rich_help_panel=_SAMPLING)
+    ] = False,
+    dtype: Annotated[
+        str, typer.Option(help="auto, bfloat16 or float32.", rich_help_panel=_ENGINE)
+    ] = "auto",
+    policy: Annotated[
+        str, typer.Option(help="Order: ratio, dfs or table-order.", rich_help_panel=_ENGINE)
+    ] = "ratio",
+    sharing: Annotated[
+        bool,
+        typer.Option(
+            "--sharing/--no-sharing", help="Compute shared prefixes once.", rich_help_panel=_ENGINE
+        ),
+    ] = True,
+    kv_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="KV cache size, like 4GiB. [default: half of what is free]",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = None,
+    max_model_len: Annotated[
+        int | None,
+        typer.Option(
+            help="Prompt and answer together, in tokens. [default: the model's]",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = None,
+    max_num_seqs: Annotated[
+        int, typer.Option(help="Most rows at once.", rich_help_panel=_ENGINE)
+    ] = 1024,
+    max_num_batched_tokens: Annotated[
+        int, typer.Option(help="Most tokens in a step.", rich_help_panel=_ENGINE)
+    ] = 2048,
+    window_rows: WindowRows = 65_536,
+    max_errors: Annotated[
+        int | None, typer.Option(help="More failed rows than this: exit code 3.")
+    ] = None,
+    limit: Limit = None,
+    summary: Annotated[Path | None, typer.Option(help="Write the summary here, as JSON.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> None:
+    """Answer every row of INPUT and write it, in order, to OUTPUT.
+
+    The same command again goes on where it stopped. Exit codes: 0 done, 1 failed, 2 wrong usage,
+    3 done with more failed rows than --max-errors, 130 interrupted.
+    """
+    with _errors_as_exit_codes(
+        f"interrupted; the same command goes on with {output} where this one stopped"
+    ):
+        from batchllm.config import EngineConfig, parse_size
+        from batchllm.job import JobConfig, run_job
+        from batchllm.report.summary import summary_text
+        from batchllm.request import SamplingParams
+        from batchllm.text.prompt_spec import PromptSpec
+
+        result = run_job(
+            JobConfig(
+                input=input,
+                output=output,
+                model=model,
+                prompt=PromptSpec(
+                    prompt_column=prompt_column,
+                    messages_column=messages_column,
+                    token_ids_column=token_ids_column,
+                    template=_template(template),
+                    system=system,
+                    chat=chat,
+                    max_tokens_column=max_tokens_column,
+                ),
+                sampling=SamplingParams(
+                    max_tokens=max_tokens,
+                    temperature=temperature,
+                    top_p=top_p,
+                    top_k=top_k,
+                    seed=seed,
+                    ignore_eos=ignore_eos,
+                ),
+                engine=EngineConfig(
+                    dtype=dtype,
+                    policy=policy,
+                    sharing=sharing,
+                    kv_memory=None if kv_memory is None else parse_size(kv_memory),
+                    max_model_len=max_model_len,
+                    max_num_seqs=max_num_seqs,
+                    max_num_batched_tokens=max_num_batched_tokens,
+                ),
+                output_column=output_column,
+                window_rows=window_rows,
+                limit=limit,
+                max_errors=max_errors,
+                summary=summary,
+                quiet=quiet,
+            )
+        )
+        if not quiet:
+            if result.already_complete:
+                typer.echo(f"{output} is complete already; it was left as it is", err=True)
+            typer.echo(summary_text(result.summary), err=True)
+        if result.too_many_errors:
+            typer.echo(
+                f"{result.summary['failed']:,} rows failed, --max-errors is {max_errors:,}", err=True
+            )
+            raise typer.Exit(TOO_MANY_ERRORS)
+
+
+@app.command()
+def plan(
+    input: Input,  # noqa: A002
+    model: ModelName = None,
+    prompt_column: PromptColumn = None,
+    messages_column: MessagesColumn = None,
+    token_ids_column: TokenIdsColumn = None,
+    template: Template = None,
+    system: System = None,
+    chat: Chat = None,
+    max_tokens_column: MaxTokensColumn = None,
+    window_rows: WindowRows = 65_536,
+    limit: Limit = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what prompts INPUT's rows share. Needs the model's tokenizer, not its weights."""
+    with _errors_as_exit_codes("interrupted"):
+        from batchllm.io.parquet import ParquetInput
+        from batchllm.io.ranges import pending
+        from batchllm.models.checkpoint import open_checkpoint
+        from batchllm.models.locate import resolve
+        from batchllm.report.plan import report_plan
+        from batchllm.text.prompts import PromptBuilder, PromptSpec
+
+        spec = PromptSpec(
+            prompt_column=prompt_column,
+            messages_column=messages_column,
+            token_ids_column=token_ids_column,
+            template=_template(template),
+            system=system,
+            chat=chat,
+            max_tokens_column=max_tokens_column,
+        )
+        _at_least_one(window_rows=window_rows, limit=limit)
+        source = ParquetInput.open(input)
+        spec.check(source.schema)
+        checkpoint = open_checkpoint(resolve(model))
+        tokenizer = checkpoint.tokenizer()
+        builder = PromptBuilder(
+            spec,
+            tokenizer,
+            checkpoint.config.max_position_embeddings,
+            vocab_size=checkpoint.config.vocab_size,
+        )
+        ranges = pending(min(source.num_rows, limit or source.num_rows), [], window_rows)
+        tables = (window.table for window in source.windows(ranges))
+        report = report_plan(tables, builder, tokenizer)
+        typer.echo(json.dumps(report.as_dict(), indent=2) if as_json else report.as_text())
+
+
+@app.command()
+def inspect(
+    output: Output,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what the run that wrote OUTPUT did, or has done so far."""
+    with _errors_as_exit_codes("interrupted"):
+        from batchllm.io.inspect import read_run
+        from batchllm.report.summary import summary_text
+
+        record = read_run(output)
+        if as_json:
+            plain = {
+                "path": str(record.path),
+                "state": record.state,
+                "rows": record.num_rows,
+                "finished_rows": record.num_finished_rows,
+                "identity": dict(record.identity),
+                "summary": None if record.summary is None else dict(record.summary),
+            }
+            typer.echo(json.dumps(plain, indent=2))
+            return
+        typer.echo(
+            f"{record.path}: {record.state}, "
+            f"{record.num_finished_rows:,} of {record.num_rows:,} rows"
+        )
+        if record.summary is not None:
+            typer.echo(summary_text(record.summary))
+        typer.echo(json.dumps(dict(record.identity), indent=2))
+
+
+@models_app.callback(invoke_without_command=True)
+def models(context: typer.Context) -> None:
+    """List the models known by name, and where they are."""
+    if context.invoked_subcommand is not None:
+        return
+    with _errors_as_exit_codes("interrupted"):
+        from batchllm.models.locate import known_models
+
+        for known in known_models():
+            where = "not pulled yet" if known.path is None else str(known.path)
+            default = " (default)" if known.default else ""
+            typer.echo(f"{known.name}{default}: {where}")
+
+
+@models_app.command()
+def pull(
+    name: Annotated[str | None, typer.Argument(help="A name or hub id. [default: built in]")] = None,
+) -> None:
+    """Fetch a model into the cache, so that runs need no network."""
+    with _errors_as_exit_codes("interrupted"):
+        from batchllm.models.locate import resolve
+
+        typer.echo(resolve(name))
+
+
+def version(show: bool) -> None:
+    """Print the version and leave."""
+    if show:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Options of the command itself; its help is the app's."""
+
+
+def main() -> None:
+    """The `batchllm` command."""
+    app()
+
+
+def _template(text: str | None) -> str | None:
+    """A template's text; `@FILE` reads it from a file."""
+    if text is None or not text.startswith("@"):
+        return text
+    try:
+        return Path(text[1:]).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise UsageError(f"template {text[1:]}: {reason}") from error
+
+
+def _at_least_one(**values: int | None) -> None:
+    for name, value in values.items():
+        if value is not None and value < 1:
+            raise UsageError(f"{name} is {value}; it must be at least 1")
+
+
+@contextmanager
+def _errors_as_exit_codes(interrupted: str) -> Iterator[None]:
+    """Turn our errors into one line on stderr and an exit code; others are bugs and show."""
+    try:
+        yield
+    except UsageError as error:
+        _fail(str(error), USAGE)
+    except BatchLLMError as error:
+        _fail(str(error), FAILED)
+    except KeyboardInterrupt:
+        _fail(interrupted, INTERRUPTED)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"batchllm: {message}", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+if __name__ == "__main__":
+    main()

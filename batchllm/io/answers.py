@@ -1,0 +1,71 @@
+"""The columns an answer adds to a row."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from batchllm.errors import UsageError
+from batchllm.request import RequestOutput
+
+_FACTS = {
+    "finish_reason": pa.string(),
+    "prompt_tokens": pa.int32(),
+    "cached_tokens": pa.int32(),
+    "output_tokens": pa.int32(),
+    "error": pa.string(),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerColumns:
+    """Names of the answer column and of the columns of facts about it.
+
+    Where the input has a column of a fact's name (it may be the output of another run), all facts
+    carry the answer column's name in front.
+    """
+
+    answer: str
+    prefix: str
+
+    @classmethod
+    def choose(cls, schema: pa.Schema, output_column: str) -> "AnswerColumns":
+        """Pick names that the input does not use.
+
+        Raises:
+            UsageError: there are none.
+        """
+        taken = set(schema.names)
+        if output_column in taken:
+            raise UsageError(
+                f"the input has a column {output_column!r}; choose another with --output-column"
+            )
+        if output_column in _FACTS:
+            raise UsageError(f"{output_column!r} is the name of a column batchllm adds itself")
+        for prefix in ("", f"{output_column}_"):
+            if not any(prefix + name in taken for name in _FACTS):
+                return cls(output_column, prefix)
+        raise UsageError(
+            f"the input has columns {output_column}_… of an earlier run; "
+            "choose another --output-column"
+        )
+
+    def schema(self, schema: pa.Schema) -> pa.Schema:
+        """The output's schema: the input's columns and metadata, then ours."""
+        ours = [pa.field(self.answer, pa.string())]
+        ours += [pa.field(self.prefix + name, kind) for name, kind in _FACTS.items()]
+        return pa.schema([*schema, *ours], metadata=schema.metadata)
+
+    def append(self, table: pa.Table, outputs: Sequence[RequestOutput]) -> pa.Table:
+        """Add one output a row, in the rows' order."""
+        assert len(outputs) == table.num_rows, f"{len(outputs)} answers, {table.num_rows} rows"
+        facts = {
+            "finish_reason": [o.finish_reason for o in outputs],
+            "prompt_tokens": [o.prompt_tokens for o in outputs],
+            "cached_tokens": [o.cached_tokens for o in outputs],
+            "output_tokens": [o.output_tokens for o in outputs],
+            "error": [None if o.error is None else str(o.error) for o in outputs],
+        }
+        columns = [pa.array([o.text for o in outputs], pa.string())]
+        columns += [pa.array(facts[name], kind) for name, kind in _FACTS.items()]
+        return pa.table([*table.columns, *columns], schema=self.schema(table.schema))

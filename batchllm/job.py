@@ -1,0 +1,194 @@
+"""A table from file to file: windows in, answers out, resumable."""
+
+import json
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from batchllm import __version__
+from batchllm.api import LLM, choose_max_model_len
+from batchllm.config import EngineConfig
+from batchllm.errors import OutputError, UsageError
+from batchllm.io.answers import AnswerColumns
+from batchllm.io.output import OutputStore
+from batchllm.io.parquet import ParquetInput
+from batchllm.io.ranges import pending
+from batchllm.io.sources import check_paths
+from batchllm.metrics import Metrics
+from batchllm.models.checkpoint import Checkpoint, open_checkpoint
+from batchllm.models.locate import resolve
+from batchllm.progress import Progress
+from batchllm.request import SamplingParams
+from batchllm.runner.dtype import choose_dtype
+from batchllm.text.prompts import PromptBuilder, PromptSpec
+
+DEFAULT_WINDOW_ROWS = 65_536
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobConfig:
+    """Everything `batchllm run` is told.
+
+    `limit` answers the first rows only; `max_errors` is how many failed rows still count as
+    success, None for any number.
+    """
+
+    input: str
+    output: str
+    prompt: PromptSpec
+    model: str | None = None
+    sampling: SamplingParams = SamplingParams()
+    engine: EngineConfig = EngineConfig()
+    output_column: str = "answer"
+    window_rows: int = DEFAULT_WINDOW_ROWS
+    limit: int | None = None
+    max_errors: int | None = None
+    summary: Path | None = None
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("window_rows", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} is {value}; it must be at least 1")
+        if self.max_errors is not None and self.max_errors < 0:
+            raise UsageError(f"max_errors is {self.max_errors}; it must be 0 or more")
+
+
+@dataclass(frozen=True, slots=True)
+class JobResult:
+    """How a job ended. `already_complete` means that there was nothing to do."""
+
+    summary: dict[str, Any]
+    already_complete: bool
+    too_many_errors: bool
+
+
+def run_job(config: JobConfig) -> JobResult:
+    """Answer the input's rows and write them to the output; goes on where an earlier run stopped.
+
+    Everything that can be refused is refused before the weights are loaded.
+
+    Raises:
+        BatchLLMError: the job cannot start or go on; what is written so far stays valid.
+    """
+    started = time.perf_counter()
+    _check_summary_path(config.summary)
+    check_paths(config.input, config.output)
+    source = ParquetInput.open(config.input)
+    config.prompt.check(source.schema)
+    columns = AnswerColumns.choose(source.schema, config.output_column)
+    checkpoint = open_checkpoint(resolve(config.model))
+    PromptBuilder(
+        config.prompt, checkpoint.tokenizer(), choose_max_model_len(checkpoint, config.engine)
+    )
+    num_rows = min(source.num_rows, config.limit or source.num_rows)
+    identity = job_identity(config, source, checkpoint, num_rows)
+    with OutputStore.open(
+        config.output, columns.schema(source.schema), identity, num_rows=num_rows
+    ) as store:
+        complete = store.is_complete
+        if not complete:
+            _answer(config, source, checkpoint, columns, store, num_rows, started)
+        assert store.summary is not None
+        summary = store.summary
+    if config.summary is not None:
+        _write_summary(config.summary, summary)
+    failed = int(summary["failed"])
+    too_many = config.max_errors is not None and failed > config.max_errors
+    return JobResult(summary, complete, too_many)
+
+
+def job_identity(
+    config: JobConfig, source: ParquetInput, checkpoint: Checkpoint, num_rows: int
+) -> dict[str, Any]:
+    """What must be the same for two runs' answers to belong in one output."""
+    return {
+        "input": {"sha256": source.content_hash(), "rows": num_rows},
+        "model": {
+            **checkpoint.identity(),
+            "tokenizer": checkpoint.tokenizer().fingerprint,
+            "dtype": choose_dtype(config.engine.dtype, checkpoint.config.dtype),
+            "max_model_len": choose_max_model_len(checkpoint, config.engine),
+        },
+        "prompt": asdict(config.prompt),
+        "sampling": asdict(config.sampling),
+        "output_column": config.output_column,
+    }
+
+
+def _answer(
+    config: JobConfig,
+    source: ParquetInput,
+    checkpoint: Checkpoint,
+    columns: AnswerColumns,
+    store: OutputStore,
+    num_rows: int,
+    started: float,
+) -> None:
+    done_rows = sum(rows.num_rows for rows in store.finished)
+    progress = Progress(num_rows, done_rows=done_rows, quiet=config.quiet)
+    if done_rows:
+        progress.note(f"going on after {done_rows:,} rows that are done already")
+    ranges = pending(num_rows, store.finished, config.window_rows)
+    load_seconds, num_kv_blocks = 0.0, 0
+    if ranges:
+        llm = LLM(checkpoint, config.engine)
+        load_seconds, num_kv_blocks = llm.load_seconds, llm.num_kv_blocks
+        progress.note(_describe(config, llm, num_rows))
+        try:
+            for window in source.windows(ranges):
+                llm.metrics = Metrics()
+                requests, errors = llm.requests(
+                    window.table, config.prompt, config.sampling, first_row=window.rows.start
+                )
+                outputs = llm.answer(requests, errors, progress=progress)
+                table = columns.append(window.table, outputs)
+                store.write_window(window.rows, table, llm.metrics.as_dict())
+        finally:
+            progress.close()
+    total = Metrics.total(store.window_counters)
+    store.finish(
+        {
+            "version": __version__,
+            "input": str(config.input),
+            "output": str(config.output),
+            "model": str(checkpoint.path.name),
+            "dtype": choose_dtype(config.engine.dtype, checkpoint.config.dtype),
+            "policy": config.engine.policy,
+            "sharing": config.engine.sharing,
+            **total.as_dict(),
+            "saved_share": round(total.saved_share, 6),
+            "num_kv_blocks": num_kv_blocks,
+            "block_size": config.engine.block_size,
+            "resumed_rows": done_rows,
+            "load_seconds": round(load_seconds, 6),
+            "wall_seconds": round(time.perf_counter() - started, 6),
+        }
+    )
+
+
+def _describe(config: JobConfig, llm: LLM, num_rows: int) -> str:
+    tokens = llm.num_kv_blocks * llm.config.block_size
+    return (
+        f"{num_rows:,} rows, {llm.checkpoint.path.name} in {llm.dtype} "
+        f"(loaded in {llm.load_seconds:.1f}s), KV memory for {tokens:,} tokens"
+    )
+
+
+def _check_summary_path(path: Path | None) -> None:
+    if path is None:
+        return
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise UsageError(f"{path}: the summary must be a file in a directory that exists")
+
+
+def _write_summary(path: Path, summary: dict[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(json.dumps(summary, indent=2) + "\n")
+        os.replace(temporary, path)  # noqa: PTH105 - the same call as everywhere in io
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror}") from error

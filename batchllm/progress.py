@@ -1,0 +1,93 @@
+"""Progress on stderr: a live line on a terminal, one line every few seconds elsewhere."""
+
+import sys
+import time
+from typing import TextIO
+
+from batchllm.prefix.plan import PrefixPlan
+from batchllm.scheduler.state import Batch
+
+_EVERY_SECONDS = 5.0
+_LIVE_SECONDS = 0.2
+
+
+class Progress:
+    """Rows done, tokens a second, share of prompt tokens saved, and the time left.
+
+    The time left goes by rows: a window's answers come in the order that runs fastest, so it is
+    rough within a window and settles over several.
+    """
+
+    def __init__(
+        self, num_rows: int, *, done_rows: int = 0, stream: TextIO | None = None, quiet: bool = False
+    ) -> None:
+        self._stream = stream if stream is not None else sys.stderr
+        self._quiet = quiet
+        self._live = not quiet and self._stream.isatty()
+        self._num_rows = num_rows
+        self._done_before = self._done = done_rows
+        self._prompt_tokens = 0
+        self._tree_tokens = 0
+        self._tokens = 0
+        self._started = self._shown = time.monotonic()
+
+    def start_window(self, plan: PrefixPlan) -> None:
+        """Take note of what a window's plan saves."""
+        lengths = plan.tree.leaf_length * plan.tree.row_counts()
+        self._prompt_tokens += int(lengths.sum())
+        self._tree_tokens += plan.tree.num_tokens
+
+    def on_step(self, batch: Batch) -> None:
+        """Count a step, and show something if it is time."""
+        self._tokens += batch.num_tokens
+        self._show()
+
+    def finish_rows(self, count: int) -> None:
+        """Count rows answered or failed."""
+        self._done += count
+
+    def note(self, text: str) -> None:
+        """Print a line, between updates."""
+        if not self._quiet:
+            self._clear()
+            print(text, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """Leave the terminal clean."""
+        self._clear()
+
+    def _clear(self) -> None:
+        if self._live:
+            self._stream.write("\r\x1b[2K")
+            self._stream.flush()
+
+    def _show(self) -> None:
+        now = time.monotonic()
+        if self._quiet or now - self._shown < (_LIVE_SECONDS if self._live else _EVERY_SECONDS):
+            return
+        self._shown = now
+        line = self._line(now - self._started)
+        self._stream.write(f"\r\x1b[2K{line}" if self._live else f"{line}\n")
+        self._stream.flush()
+
+    def _line(self, seconds: float) -> str:
+        share = self._done / max(self._num_rows, 1)
+        saved = 1 - self._tree_tokens / self._prompt_tokens if self._prompt_tokens else 0.0
+        here = self._done - self._done_before
+        left = seconds / here * (self._num_rows - self._done) if here else None
+        return (
+            f"{self._done:,}/{self._num_rows:,} rows ({share:.0%})  "
+            f"{self._tokens / max(seconds, 1e-9):,.0f} tokens/s computed  "
+            f"{saved:.0%} of prompt tokens saved  "
+            f"{'time left unknown yet' if left is None else f'{duration(left)} left'}"
+        )
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: 42s, 3m 20s, 2h 05m."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m {whole % 60:02d}s"
+    return f"{whole // 3600}h {whole % 3600 // 60:02d}m"

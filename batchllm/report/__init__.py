@@ -1,0 +1,1 @@
+"""What users read: plans before a run, summaries after it."""

@@ -1,0 +1,29 @@
+"""A run's summary as text."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from batchllm.progress import duration
+
+
+def summary_text(summary: Mapping[str, Any]) -> str:
+    """What a run did, in a few lines; reads a summary of any version that has these keys."""
+    engine = float(summary["engine_seconds"])
+    computed = int(summary["computed_prompt_tokens"]) + int(summary["computed_output_tokens"])
+    lines = [
+        f"rows            {summary['rows']:,}, failed {summary['failed']:,}, "
+        f"duplicates {summary['duplicate_rows']:,}",
+        f"prompt tokens   {summary['prompt_tokens']:,}, computed "
+        f"{summary['computed_prompt_tokens']:,} ({float(summary['saved_share']):.1%} saved)",
+        f"output tokens   {summary['output_tokens']:,}",
+        f"engine          {duration(engine)} in {summary['steps']:,} steps, "
+        f"{computed / max(engine, 1e-9):,.0f} tokens/s computed",
+        f"preemptions     {summary['preemptions']:,}, recomputed {summary['recomputed_tokens']:,} "
+        f"tokens, peak KV {summary['peak_kv_blocks']:,} of {summary['num_kv_blocks']:,} blocks",
+        f"model           {summary['model']} in {summary['dtype']}, loaded in "
+        f"{float(summary['load_seconds']):.1f}s",
+        f"whole run       {duration(float(summary['wall_seconds']))}",
+    ]
+    if summary.get("resumed_rows"):
+        lines.append(f"resumed         after {summary['resumed_rows']:,} rows of an earlier run")
+    return "\n".join(lines)

@@ -1,0 +1,50 @@
+"""From an opened checkpoint to a runner and its block pool."""
+
+from dataclasses import dataclass
+
+import torch
+
+from batchllm.attention.backend import make_backend
+from batchllm.cache.memory import free_memory, num_kv_blocks
+from batchllm.config import EngineConfig
+from batchllm.models.checkpoint import Checkpoint
+from batchllm.models.registry import make_model
+from batchllm.runner.dtype import choose_dtype
+from batchllm.runner.kv_cache import KVCache, kv_bytes_per_token
+from batchllm.runner.torch_runner import TorchRunner
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedRunner:
+    """A runner ready for steps, with `num_blocks` of KV; `dtype` is what `auto` came to."""
+
+    runner: TorchRunner
+    num_blocks: int
+    dtype: str
+
+
+def load_runner(checkpoint: Checkpoint, config: EngineConfig, max_model_len: int) -> LoadedRunner:
+    """Load the weights, then size the KV cache by the memory that is left."""
+    shape = checkpoint.config
+    name = choose_dtype(config.dtype, shape.dtype)
+    dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
+    backend = make_backend(config.attention_backend, config.block_size)
+    model = make_model(shape, dtype)
+    model.load(checkpoint.weights(dtype))
+    block_bytes = config.block_size * kv_bytes_per_token(
+        shape.num_layers, shape.num_kv_heads, shape.head_dim, dtype
+    )
+    num_blocks = num_kv_blocks(config.kv_memory, block_bytes, free_memory())
+    # More than every sequence at its longest can never be used.
+    most = config.max_num_seqs * -(-max_model_len // config.block_size)
+    num_blocks = min(num_blocks, most)
+    cache = KVCache(
+        num_layers=shape.num_layers,
+        num_blocks=num_blocks,
+        block_size=config.block_size,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        dtype=dtype,
+    )
+    runner = TorchRunner(model, cache, backend, config.block_size)
+    return LoadedRunner(runner, num_blocks, name)

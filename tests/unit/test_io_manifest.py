@@ -1,0 +1,187 @@
+"""The manifest: what was appended is what is read, torn tails fall off, other damage is told."""
+
+import json
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from batchllm.errors import OutputError
+from batchllm.io.identity import describe_differences, plain
+from batchllm.io.manifest import Job, Manifest, WindowRecord, read_manifest
+from batchllm.io.ranges import RowRange
+
+JOB = Job({"model": {"sha256": "ab" * 32}, "prompt": "a\nb\r\u2028é"}, 100, {"t": "string"})
+
+
+def window(start, end, **counters):
+    rows = RowRange(start, end)
+    return WindowRecord(rows, f"part-{start}", 1000 + start, counters.get("failed", 0), counters)
+
+
+WINDOWS = [window(0, 10, steps=3), window(20, 30, failed=2), window(10, 20)]
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "manifest.jsonl"
+    manifest = Manifest.create(path, JOB)
+    for record in WINDOWS:
+        manifest.append_window(record)
+    manifest.append_finished({"rows": 100})
+    manifest.close()
+    return path
+
+
+def test_what_was_written_is_read(path):
+    state = read_manifest(path)
+    assert state.job == JOB
+    assert list(state.windows.values()) == WINDOWS
+    assert state.summary == {"rows": 100}
+    assert state.num_valid_bytes == path.stat().st_size
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["data"]["type"] for line in lines] == ["job", *["window"] * 3, "finished"]
+    assert lines[2]["data"]["failed"] == 2
+    assert lines[2]["data"]["rows"] == 10
+
+
+def test_no_manifest_is_none(tmp_path):
+    assert read_manifest(tmp_path / "manifest.jsonl") is None
+
+
+def test_a_window_after_the_finish_makes_the_job_unfinished(path):
+    manifest = Manifest(path, path.stat().st_size)
+    manifest.append_window(window(0, 10, steps=9))
+    manifest.close()
+    state = read_manifest(path)
+    assert state.summary is None
+    assert state.windows[RowRange(0, 10)].counters == {"steps": 9}
+
+
+def test_a_cut_at_any_byte_keeps_the_whole_lines_and_can_be_appended_to(path):
+    whole = path.read_bytes()
+    header = whole.index(b"\n") + 1
+    for length in range(len(whole) + 1):
+        path.write_bytes(whole[:length])
+        if length < header:
+            with pytest.raises(OutputError, match="line 1 is damaged"):
+                read_manifest(path)
+            continue
+        state = read_manifest(path)
+        num_lines = whole[:length].count(b"\n")
+        assert list(state.windows.values()) == WINDOWS[: num_lines - 1]
+        assert (state.summary is None) == (length < len(whole))
+        manifest = Manifest(path, state.num_valid_bytes)
+        manifest.append_window(window(50, 60))
+        manifest.close()
+        again = read_manifest(path)
+        assert [*again.windows.values()][-1] == window(50, 60)
+        assert len(again.windows) == len(state.windows) + 1
+        assert again.num_valid_bytes == path.stat().st_size
+
+
+def test_a_tail_of_zeros_is_dropped(path):
+    whole = path.read_bytes()
+    path.write_bytes(whole + b"\0" * 50)
+    assert read_manifest(path).num_valid_bytes == len(whole)
+
+
+def test_any_changed_byte_before_the_last_line_is_damage(path):
+    whole = path.read_bytes()
+    last = whole[:-1].rindex(b"\n") + 1
+    for at in range(0, last, 3):
+        damaged = bytearray(whole)
+        damaged[at] ^= 0x11
+        path.write_bytes(damaged)
+        with pytest.raises(OutputError, match=r"manifest\.jsonl: line \d is damaged; delete"):
+            read_manifest(path)
+
+
+def test_a_line_that_is_whole_but_not_ours_is_refused(path, monkeypatch):
+    manifest = Manifest(path, path.stat().st_size)
+    manifest._append({"type": "else"})
+    manifest.close()
+    with pytest.raises(OutputError, match="line 6 is not a batchllm manifest's"):
+        read_manifest(path)
+    monkeypatch.setattr("batchllm.io.manifest.FORMAT_VERSION", 9)
+    with pytest.raises(OutputError, match="has format 1 of another batchllm, this one writes 9"):
+        read_manifest(path)
+
+
+@pytest.mark.parametrize("step", ["pwrite", "fsync"])
+def test_a_line_that_fails_is_taken_back(path, monkeypatch, step):
+    before = path.read_bytes()
+    manifest = Manifest(path, len(before))
+    pwrite = os.pwrite
+
+    def fail(*args):
+        if step == "pwrite":
+            pwrite(args[0], args[1][:7], args[2])
+        raise OSError(28, "full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, step, fail)
+        with pytest.raises(OSError, match="full"):
+            manifest.append_window(window(50, 60))
+    assert path.read_bytes() == before
+    manifest.append_window(window(60, 70))
+    assert [*read_manifest(path).windows.values()] == [*WINDOWS, window(60, 70)]
+    manifest.close()
+
+
+def test_half_a_line_that_cannot_be_taken_back_is_written_over(path, monkeypatch):
+    manifest = Manifest(path, path.stat().st_size)
+    pwrite = os.pwrite
+
+    def fail(*args):
+        pwrite(args[0], args[1][:-9], args[2])
+        raise OSError(5, "disk")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", fail)
+        patch.setattr(os, "ftruncate", fail)
+        with pytest.raises(OSError, match="disk"):
+            manifest.append_window(window(50, 60, much="x" * 300))
+    manifest.append_window(window(60, 70))
+    manifest.close()
+    assert [*read_manifest(path).windows.values()] == [*WINDOWS, window(60, 70)]
+
+
+def test_short_writes_are_continued(path, monkeypatch):
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda handle, data, at: pwrite(handle, data[:5], at))
+    manifest = Manifest(path, path.stat().st_size)
+    manifest.append_window(window(50, 60))
+    manifest.close()
+    assert [*read_manifest(path).windows.values()] == [*WINDOWS, window(50, 60)]
+
+
+def test_differences_are_named_by_path_with_both_values():
+    stored = {"sampling": {"max_tokens": 128, "seed": 0}, "model": {"sha256": "a" * 64}, "old": 1}
+    current = {"sampling": {"max_tokens": 64, "seed": 0}, "model": {"sha256": "b" * 64}, "new": "é"}
+    assert describe_differences(stored, current) == (
+        'sampling.max_tokens is 64, was 128; model.sha256 differs; new is "é", was not set;'
+        " old is not set, was 1"
+    )
+    assert describe_differences({"a": {"b": 1}}, {"a": 2}) == 'a is 2, was {"b": 1}'
+    assert describe_differences({}, {str(i): i for i in range(7)}).endswith("; and 2 more")
+
+
+nested = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: st.dictionaries(st.text(max_size=3), inner, max_size=3) | st.lists(inner),
+    max_leaves=8,
+)
+identities = st.dictionaries(st.text(max_size=3), nested, max_size=3)
+
+
+@given(identities, identities)
+def test_there_are_differences_just_when_the_identities_differ(one, other):
+    assert (describe_differences(plain(one), plain(other)) == "") == (one == other)
+
+
+def test_plain_gives_what_json_gives_back():
+    assert plain({"a": (1, 2), "b": float("nan"), "c": 0.1}) == {"a": [1, 2], "b": None, "c": 0.1}
+    with pytest.raises(TypeError):
+        plain({"a": object()})
