@@ -117,9 +117,7 @@ class LLM:
             if not isinstance(sampling_params, SamplingParams | None):
                 raise UsageError("for a table, give one SamplingParams, and a max_tokens_column")
             spec = PromptSpec(chat=chat, **prompt)
-            return self.generate_table(
-                prompts, spec, sampling_params, output_column=output_column
-            )
+            return self.generate_table(prompts, spec, sampling_params, output_column=output_column)
         if prompt:
             raise UsageError(f"{', '.join(prompt)} only applies to a table")
         return self._generate_list(prompts, sampling_params or SamplingParams(), chat)
@@ -296,9 +294,7 @@ class LLM:
         metrics.computed_output_tokens += sum(len(s.output_token_ids) for s in finished)
         metrics.steps += stats.steps
         metrics.preemptions += stats.preemptions
-        metrics.peak_kv_blocks = max(
-            metrics.peak_kv_blocks, self._scheduler.pool.peak_used
-        )
+        metrics.peak_kv_blocks = max(metrics.peak_kv_blocks, self._scheduler.pool.peak_used)
 
     def _generate_list(
         self,

@@ -197,7 +197,8 @@ def run(
             typer.echo(summary_text(result.summary), err=True)
         if result.too_many_errors:
             typer.echo(
-                f"{result.summary['failed']:,} rows failed, --max-errors is {max_errors:,}", err=True
+                f"{result.summary['failed']:,} rows failed, --max-errors is {max_errors:,}",
+                err=True,
             )
             raise typer.Exit(TOO_MANY_ERRORS)
 
@@ -236,7 +237,7 @@ def plan(
             max_tokens_column=max_tokens_column,
         )
         _at_least_one(window_rows=window_rows, limit=limit)
-        source = ParquetInput.open(input)
+        source = ParquetInput(input)
         spec.check(source.schema)
         checkpoint = open_checkpoint(resolve(model))
         tokenizer = checkpoint.tokenizer()
@@ -289,17 +290,19 @@ def models(context: typer.Context) -> None:
     if context.invoked_subcommand is not None:
         return
     with _errors_as_exit_codes("interrupted"):
-        from batchllm.models.locate import known_models
+        from batchllm.models.locate import installed
 
-        for known in known_models():
+        for known in installed():
             where = "not pulled yet" if known.path is None else str(known.path)
-            default = " (default)" if known.default else ""
+            default = " (default)" if known.is_default else ""
             typer.echo(f"{known.name}{default}: {where}")
 
 
 @models_app.command()
 def pull(
-    name: Annotated[str | None, typer.Argument(help="A name or hub id. [default: built in]")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="A name or hub id. [default: built in]")
+    ] = None,
 ) -> None:
     """Fetch a model into the cache, so that runs need no network."""
     with _errors_as_exit_codes("interrupted"):

@@ -2,8 +2,9 @@
 
 import json
 import os
+import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,8 @@ class JobConfig:
     output: str
     prompt: PromptSpec
     model: str | None = None
-    sampling: SamplingParams = SamplingParams()
-    engine: EngineConfig = EngineConfig()
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     output_column: str = "answer"
     window_rows: int = DEFAULT_WINDOW_ROWS
     limit: int | None = None
@@ -75,12 +76,13 @@ def run_job(config: JobConfig) -> JobResult:
         BatchLLMError: the job cannot start or go on; what is written so far stays valid.
     """
     started = time.perf_counter()
+    notify = _silent if config.quiet else _say
     _check_summary_path(config.summary)
     check_paths(config.input, config.output)
-    source = ParquetInput.open(config.input)
+    source = ParquetInput(config.input)
     config.prompt.check(source.schema)
     columns = AnswerColumns.choose(source.schema, config.output_column)
-    checkpoint = open_checkpoint(resolve(config.model))
+    checkpoint = open_checkpoint(resolve(config.model, notify=notify))
     PromptBuilder(
         config.prompt, checkpoint.tokenizer(), choose_max_model_len(checkpoint, config.engine)
     )
@@ -168,6 +170,14 @@ def _answer(
             "wall_seconds": round(time.perf_counter() - started, 6),
         }
     )
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _silent(text: str) -> None:
+    pass
 
 
 def _describe(config: JobConfig, llm: LLM, num_rows: int) -> str:

@@ -1,6 +1,6 @@
 """What a run counts."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -41,7 +41,7 @@ class Metrics:
             setattr(self, name, max(mine, others) if name == "peak_kv_blocks" else mine + others)
 
     @classmethod
-    def total(cls, windows: list[Mapping[str, Any]]) -> "Metrics":
+    def total(cls, windows: Sequence[Mapping[str, Any]]) -> "Metrics":
         """Add up what `as_dict` gave for each window; unknown keys are left out."""
         total = cls()
         for window in windows:

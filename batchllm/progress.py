@@ -19,7 +19,12 @@ class Progress:
     """
 
     def __init__(
-        self, num_rows: int, *, done_rows: int = 0, stream: TextIO | None = None, quiet: bool = False
+        self,
+        num_rows: int,
+        *,
+        done_rows: int = 0,
+        stream: TextIO | None = None,
+        quiet: bool = False,
     ) -> None:
         self._stream = stream if stream is not None else sys.stderr
         self._quiet = quiet

@@ -4,7 +4,7 @@ Every group has its own prefix and every row its own ending, so that what can be
 exactly and no row is a copy of another. Rows are shuffled: finding the groups is the engine's job.
 
     python datasets/micro.py out.parquet --shape 8x32
-    python datasets/micro.py out.parquet --groups 400 --members 16 --prefix 2000 --own 200 --output 100
+    python datasets/micro.py out.parquet --groups 4 --members 16 --prefix 1024 --own 64 --output 8
 """
 
 import argparse
@@ -63,6 +63,8 @@ SHAPES = {
     "8x32": MicroShape(groups=8, members=32, prefix=512, own=32, output=32),
     "4x16": MicroShape(groups=4, members=16, prefix=1024, own=64, output=8, output_max=128),
     "256x1": MicroShape(groups=256, members=1, prefix=0, own=256, output=32),
+    # Not for timing: shows in seconds that an engine works.
+    "tiny": MicroShape(groups=2, members=4, prefix=40, own=7, output=3, output_max=9),
 }
 
 

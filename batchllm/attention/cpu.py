@@ -92,7 +92,8 @@ class CpuBackend:
                 row_items[row].append(item)
         sizes = -(-items.kv_len // self._block_size)
         length = {row: int(sizes[list_].sum()) for row, list_ in row_items.items()}
-        buckets, current = [], []
+        buckets: list[DecodeBucket] = []
+        current: list[int] = []
         for row in sorted(row_items, key=length.__getitem__):
             if len(current) >= _MIN_BUCKET and length[row] > _PADDING * length[current[0]]:
                 buckets.append(self._bucket(items, current, row_items))

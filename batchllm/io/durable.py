@@ -69,13 +69,14 @@ class OutputLock:
 
     @classmethod
     def acquire(cls, path: Path, output: Path) -> "OutputLock":
-        """Take the lock at `path` at once; `output` is what it guards, for messages.
+        """Take the lock at `path` at once, making directories; `output` is what it guards.
 
         Raises:
             OutputError: another process holds it.
-            OSError: the lock file cannot be made.
+            OSError: the lock file or its directory cannot be made.
         """
         while True:
+            path.parent.mkdir(parents=True, exist_ok=True)  # its last holder may have deleted it
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

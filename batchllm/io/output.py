@@ -136,11 +136,18 @@ class OutputStore:
         self.close()
 
     def close(self) -> None:
-        """Give up the lock. What is on disk stays; an unfinished job can be resumed."""
+        """Give up the lock. What is on disk stays and can be resumed; nothing done leaves nothing.
+
+        A job that failed before its first window (a wrong option, say) would otherwise stand in the
+        way of the corrected one.
+        """
         if self._manifest is not None:
             self._manifest.close()
         if self._lock is not None:
-            self._lock.release()
+            if self._windows or self.is_complete:
+                self._lock.release()
+            else:
+                self._forget(self._lock)
         self._manifest = self._lock = None
 
     def __enter__(self) -> "OutputStore":
@@ -166,8 +173,9 @@ class OutputStore:
         layout.refuse_foreign()
         if (state := read_manifest(layout.manifest)) is None:
             return False
-        self._refuse_other_job(state.job)
         self._windows = layout.intact_windows(state)
+        if self._windows or state.summary is not None:
+            self._refuse_other_job(state.job)
         if state.summary is None or gaps(self._job.num_rows, self._windows):
             return False
         self.summary = dict(state.summary)
@@ -178,7 +186,6 @@ class OutputStore:
         layout.refuse_foreign()
         made = [path for path in (layout.work, layout.target) if not path.exists()]
         try:
-            layout.work.mkdir(parents=True, exist_ok=True)
             self._lock = OutputLock.acquire(layout.lock, layout.shown)
             if self._load_complete():  # by a process that held the lock until now
                 self._tidy(self._lock)
@@ -197,13 +204,14 @@ class OutputStore:
     def _open_manifest(self) -> Manifest:
         layout = self._layout
         state = read_manifest(layout.manifest)
-        if state is None:
+        self._windows = {} if state is None else layout.intact_windows(state)
+        if state is None or (not self._windows and self._job.differences_from(state.job)):
+            # None, or another job's that died before it had done anything.
             manifest = Manifest.create(layout.manifest, self._job)
             for folder in {layout.work.parent, layout.target.parent}:
                 fsync_dir(folder)
             return manifest
         self._refuse_other_job(state.job)
-        self._windows = layout.intact_windows(state)
         if any(one.end > after.start for one, after in pairwise(sorted(self._windows))):
             raise OutputError(
                 f"{layout.manifest}: has rows twice; delete {layout.to_delete} to start over"
@@ -266,9 +274,23 @@ class OutputStore:
     def _tidy_after_crash(self) -> None:
         """Do what a process that died right after completing the output had left to do."""
         layout = self._layout
-        if layout.work.exists() if layout.single_file else not layout.summary.exists():
+        if layout.single_file:
+            untidy = layout.work.exists()
+        else:
+            untidy = layout.lock.exists() or not layout.summary.exists()
+        if untidy:
             with suppress(OSError, OutputError):
                 self._tidy(OutputLock.acquire(layout.lock, layout.shown))
+
+    def _forget(self, lock: OutputLock) -> None:
+        layout = self._layout
+        with suppress(OSError):
+            layout.clean(keep=set())
+            layout.manifest.unlink(missing_ok=True)
+        lock.release(delete=True)
+        for folder in (layout.parts, layout.work, *([] if layout.single_file else [layout.target])):
+            with suppress(OSError):
+                folder.rmdir()
 
     def _temporary(self, name: str) -> Path:
         return self._layout.work / f"{name}.tmp"

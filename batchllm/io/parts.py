@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 
 from batchllm.io.durable import atomic_write
 from batchllm.io.ranges import RowRange
-from batchllm.io.row_groups import ParquetReader
+from batchllm.io.row_groups import RUN_RECORD_KEY, ParquetReader
+from batchllm.io.schema import conform
 
-METADATA_KEY = "batchllm"
 _PART_NAME = re.compile(r"part-\d{12,}-\d{12,}\.parquet")
 # A joined file's row groups; the bytes bound the memory of joining.
 _GROUP_ROWS = 128 * 1024
@@ -36,8 +36,8 @@ def is_part_name(name: str) -> bool:
 
 
 def without_record(schema: pa.Schema) -> pa.Schema:
-    """`schema` without a `batchllm` entry, which an input that is itself an output brings along."""
-    entries = {k: v for k, v in (schema.metadata or {}).items() if k != METADATA_KEY.encode()}
+    """`schema` without a `batchllm` entry, which would be another run's."""
+    entries = {k: v for k, v in (schema.metadata or {}).items() if k != RUN_RECORD_KEY}
     return schema.with_metadata(entries or None)
 
 
@@ -66,7 +66,7 @@ def _writer(
     writer = pq.ParquetWriter(file, schema, compression="zstd", write_page_checksum=True)
     try:
         yield writer
-        writer.add_key_value_metadata({METADATA_KEY: json.dumps(record)})
+        writer.add_key_value_metadata({RUN_RECORD_KEY: json.dumps(record)})
         writer.close()
     except BaseException:
         writer.is_open = False  # or its destructor tries to finish the file, and fails noisily
@@ -98,7 +98,7 @@ def _batches(paths: Sequence[Path], schema: pa.Schema) -> Iterator[pa.RecordBatc
             for group in range(len(reader.footer.group_rows)):
                 for batch in reader.batches(group, 0):
                     # Parquet has no type for some of Arrow's, such as seconds: back to declared.
-                    yield batch.cast(schema) if batch.schema != schema else batch
+                    yield conform(batch, schema, {})
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
@@ -108,9 +108,9 @@ def read_record(path: Path) -> dict[str, Any] | None:
         InputError: the file is not readable Parquet.
     """
     with closing(ParquetReader(path)) as reader:
-        entry = (reader.footer.schema.metadata or {}).get(METADATA_KEY.encode(), b"null")
+        entry = reader.footer.run_record
     try:
-        record = json.loads(entry)
+        record = json.loads(entry or b"null")
     except ValueError:
         return None
     return record if isinstance(record, dict) else None

@@ -15,6 +15,8 @@ from batchllm.io.durable import one_line_reason
 from batchllm.io.ranges import RowRange
 from batchllm.io.sources import PARQUET_MAGIC
 
+RUN_RECORD_KEY = b"batchllm"  # our entry in a file's key-value metadata
+
 # What damaged or vanished files make Arrow raise.
 READ_ERRORS = (pa.ArrowException, OSError, ValueError, MemoryError)
 
@@ -27,11 +29,16 @@ _TARGET_BATCH_BYTES = 8 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Footer:
-    """What a file says about itself: its schema, rows in each row group, and bytes on disk."""
+    """What a file says about itself.
+
+    `schema` has the file's key-value metadata but for `run_record`, which is our entry in it (None
+    in a file that is not an output of ours). `group_rows` are the rows of each row group.
+    """
 
     schema: pa.Schema
     group_rows: tuple[int, ...]
     num_bytes: int
+    run_record: bytes | None
 
 
 class ParquetReader:
@@ -54,10 +61,7 @@ class ParquetReader:
                 buffer_size=_BUFFER_BYTES,
                 page_checksum_verification=True,
             )
-            schema, metadata = self._file.schema_arrow, self._file.metadata
-            _ = schema.names  # a damaged name must fail to decode here, not later
-            groups = (metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
-            self.footer = Footer(schema, tuple(groups), self._source.size())
+            self.footer = self._read_footer()
         except READ_ERRORS as error:
             self._source.close()
             raise _unreadable(path, error) from error
@@ -86,6 +90,17 @@ class ParquetReader:
 
     def close(self) -> None:
         self._source.close()
+
+    def _read_footer(self) -> Footer:
+        schema, metadata = self._file.schema_arrow, self._file.metadata
+        _ = schema.names  # a damaged name must fail to decode here, not later
+        # Arrow's schema leaves out what was added to the file's metadata after it was opened.
+        entries = {**(schema.metadata or {}), **(metadata.metadata or {})}
+        entries.pop(b"ARROW:schema", None)
+        record = entries.pop(RUN_RECORD_KEY, None)
+        groups = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
+        schema = schema.with_metadata(entries or None)
+        return Footer(schema, groups, self._source.size(), record)
 
 
 def damaged(path: Path, rows: RowRange, reason: str) -> InputError:

@@ -137,4 +137,6 @@ def _cast(array: pa.Array, target: pa.DataType) -> pa.Array:
         return pa.nulls(len(array), target)  # Arrow cannot cast null to every nested type
     if isinstance(array.type, pa.BaseExtensionType):
         array = array.storage
+    if pa.types.is_dictionary(target) and not pa.types.is_dictionary(array.type):
+        array = array.dictionary_encode()
     return array.cast(target)

@@ -141,7 +141,7 @@ class LlamaModel:
                 ("bias", layer.qkv_bias, layer.output_bias, layer.gate_up_bias, layer.down_bias),
             ):
                 if qkv is not None and output is not None:
-                    for name, part in zip("qkv", qkv.split(qkv_sizes), strict=True):
+                    for name, part in zip("qkv", torch.split(qkv, qkv_sizes), strict=True):
                         yield f"{prefix}.self_attn.{name}_proj.{kind}", part
                     yield f"{prefix}.self_attn.o_proj.{kind}", output
                 if gate_up is not None and down is not None:

@@ -98,6 +98,7 @@ class SafetensorsCheckpoint:
                 identity[f"{name}_sha256"] = hashlib.sha256(content).hexdigest()
         for file in self._files:
             identity[f"{file.name}_bytes"] = str(file.stat().st_size)
+            identity[f"{file.name}_header_sha256"] = _header_sha256(file)
             identity[f"{file.name}_sample_sha256"] = sampled_sha256(file)
         return identity
 
@@ -148,6 +149,12 @@ def _read_header(path: Path) -> dict[str, _StoredTensor]:
         except (ValueError, TypeError, KeyError, AttributeError):
             raise ModelError(f"{path}: the safetensors header is damaged") from None
     return tensors
+
+
+def _header_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        return hashlib.sha256(file.read(length)).hexdigest()
 
 
 def _stored_dtype(tensors: dict[str, _StoredTensor]) -> str:

@@ -72,7 +72,7 @@ def biggest_groups(tree: PrefixTree, limit: int) -> list[PrefixGroup]:
 
 
 def _merge_keys(requests: Sequence[Request]) -> Ints:
-    """Greedy rows with the same parameters get the same answer; sampled rows each draw their own."""
+    """Greedy rows with equal parameters get the same answer; sampled rows draw their own."""
     keys: dict[object, int] = {}
     return np.array(
         [

@@ -21,14 +21,13 @@ _MIN_WIDTH, _MAX_WIDTH = 32, 1024
 def sort_sequences(tokens: RaggedTokens) -> NDArray[np.int64]:
     """Return the permutation that sorts the sequences lexicographically (stable), [n]."""
     big_endian = tokens.values.astype(">i4", copy=True)
-    # An Arrow array may not start at an offset other than 0 of its own buffers' content, so the
-    # byte offsets are the token offsets times four.
     array = pa.Array.from_buffers(
         pa.large_binary(),
         len(tokens),
         [None, pa.py_buffer(tokens.offsets * _TOKEN_BYTES), pa.py_buffer(big_endian)],
     )
-    return pc.sort_indices(array).to_numpy().astype(np.int64)
+    order: NDArray[np.int64] = pc.sort_indices(array).to_numpy().astype(np.int64)
+    return order
 
 
 def common_prefix_lengths(tokens: RaggedTokens, order: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -73,7 +73,9 @@ class PrefixTree:
     @property
     def num_tokens(self) -> int:
         """Tokens to compute so that every row can be sampled."""
-        return int((self.node_end - self.node_start).sum() + (self.leaf_length - self.leaf_start).sum())
+        return int(
+            (self.node_end - self.node_start).sum() + (self.leaf_length - self.leaf_start).sum()
+        )
 
     @property
     def num_repeated_tokens(self) -> int:

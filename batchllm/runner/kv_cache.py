@@ -26,7 +26,9 @@ class KVCache:
         raw = np.zeros(int(np.prod(shape)) * dtype.itemsize, dtype=np.uint8)
         self.keys, self.values = torch.from_numpy(raw).view(dtype).view(shape)
 
-    def write(self, layer: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+    def write(
+        self, layer: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> None:
         """Store a step's `key` and `value` [num_tokens, num_kv_heads, head_dim] at `slots`."""
         self.keys[layer].flatten(0, 1).index_copy_(0, slots, key)
         self.values[layer].flatten(0, 1).index_copy_(0, slots, value)

@@ -18,7 +18,7 @@ def uniform(
         state = _mix(seed.astype(np.uint64) + _GOLDEN)
         state = _mix(state ^ _mix(row_index.astype(np.uint64) + _GOLDEN))
         state = _mix(state + (position.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
-    return (state >> np.uint64(11)) * 2.0**-53
+    return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:

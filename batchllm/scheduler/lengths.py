@@ -1,5 +1,6 @@
 """How long answers will be, learned from the rows finished so far."""
 
+import math
 from collections import deque
 
 
@@ -37,6 +38,6 @@ class LengthEstimator:
         if ignore_eos or count < self._ENOUGH:
             return max(left, 1)
         mean = self._total / count
-        deviation = max(self._squares / count - mean * mean, 0.0) ** 0.5
+        deviation = math.sqrt(max(self._squares / count - mean * mean, 0.0))
         expected = round((mean + self._MARGIN * deviation) * max_tokens) - num_output_tokens
         return max(min(expected, left), 1)

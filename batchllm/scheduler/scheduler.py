@@ -294,7 +294,7 @@ class Scheduler:
         )
 
     def _account(self, segment: Segment, sequence: Sequence, count: int, num_prompt: int) -> None:
-        """Mark `count` more tokens computed; `num_prompt` of the segment's tokens are a prompt's."""
+        """Mark `count` more tokens computed; the segment's first `num_prompt` are a prompt's."""
         begin = segment.num_computed_tokens
         end = begin + count
         fresh = max(begin, segment.high_water)  # below it is repetition

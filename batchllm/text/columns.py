@@ -88,7 +88,7 @@ def python_values(column: pa.ChunkedArray, errors: RowErrors) -> list[Any]:
 def token_rows(column: pa.ChunkedArray, vocab_size: int, errors: RowErrors) -> RaggedTokens:
     """A column of token-id lists, straight from its buffers.
 
-    Rows that are null, hold a null, or an id outside [0, vocab_size) get an error and no tokens.
+    Rows that are null, hold a null, or an id outside [0, vocab_size) get an error.
     """
     array = _one_array(column)
     lengths = pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False)
@@ -105,8 +105,8 @@ def token_rows(column: pa.ChunkedArray, vocab_size: int, errors: RowErrors) -> R
         span = slice(offsets[row], offsets[row + 1])
         bad = values[span][outside[span]][0]
         errors.setdefault(row, outside_vocabulary(int(bad), vocab_size))
-    # Values that do not fit are in rows that are dropped.
-    return RaggedTokens(np.where(outside, 0, values).astype(np.int32), offsets)
+    # Values that int32 cannot hold wrap around, in rows that the caller empties.
+    return RaggedTokens(values.astype(np.int32), offsets)
 
 
 def outside_vocabulary(token_id: int, vocab_size: int) -> RowError:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from batchllm.errors import ModelError
-from batchllm.text.tokenizer import Tokenizer, add_bos_and_eos
+from batchllm.text.tokenizer import Tokenizer, add_bos_and_eos, first_line
 
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
 _SPACE = "\u2581"
@@ -142,7 +142,9 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     except ModelError:
         raise
     except Exception as error:  # the library raises bare Exception
-        raise ModelError(f"the GGUF tokenizer is damaged: {error}; {_WAY_OUT}") from None
+        raise ModelError(
+            f"the GGUF tokenizer is damaged: {first_line(error)}; {_WAY_OUT}"
+        ) from None
 
     bos_token = None if special.bos is None else tokens[special.bos]
     eos_token = None if special.eos is None else tokens[special.eos]

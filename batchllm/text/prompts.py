@@ -148,10 +148,14 @@ class PromptBuilder:
                 errors[row] = RowError("invalid_utf8", "the text has a lone surrogate")
         unique = list(dict.fromkeys(texts))
         tokens = self._tokenizer.encode_batch(unique, add_special_tokens=self._chat is None)
-        if len(unique) == len(texts):
-            return tokens
-        number = {text: i for i, text in enumerate(unique)}
-        return ragged.take_rows(tokens, np.array([number[t] for t in texts], dtype=np.int64))
+        if len(unique) < len(texts):
+            number = {text: i for i, text in enumerate(unique)}
+            tokens = ragged.take_rows(tokens, np.array([number[t] for t in texts], dtype=np.int64))
+        # A tokenizer with tokens added after training can have more than the model.
+        for row in ragged.rows_with(tokens.values >= self._vocab_size, tokens.offsets):
+            error = columns.outside_vocabulary(int(tokens[row].max()), self._vocab_size)
+            errors.setdefault(row, error)
+        return tokens
 
     def _check_lengths(self, tokens: RaggedTokens, errors: dict[int, RowError]) -> None:
         lengths, limit = tokens.lengths, self._max_model_len
@@ -163,10 +167,6 @@ class PromptBuilder:
                 "must hold one more"
             )
             errors.setdefault(row, RowError("prompt_too_long", message))
-        outside = tokens.values >= self._vocab_size
-        for row in ragged.rows_with(outside, tokens.offsets):
-            error = columns.outside_vocabulary(int(tokens[row].max()), self._vocab_size)
-            errors.setdefault(row, error)
 
 
 class _RowProblemError(Exception):
@@ -174,7 +174,9 @@ class _RowProblemError(Exception):
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
-        self.error = RowError(code, message)
+        # A template's own words can be long, and hold the row's text.
+        line = " ".join(message.split())
+        self.error = RowError(code, line if len(line) <= 300 else f"{line[:300]}…")
 
 
 def _chat_template(spec: PromptSpec, tokenizer: Tokenizer) -> ChatTemplate | None:
@@ -183,19 +185,18 @@ def _chat_template(spec: PromptSpec, tokenizer: Tokenizer) -> ChatTemplate | Non
     if spec.token_ids_column is not None or spec.chat is False:
         return None
     if source is None:
-        if spec.messages_column is None and spec.chat is None and spec.system is None:
-            return None
-        wants = (
-            "messages need"
-            if spec.messages_column
-            else "chat needs"
-            if spec.chat
-            else "system needs"
-        )
-        raise UsageError(
-            f"{wants} a chat template, and the model has none; "
-            "use a prompt column or a template without chat, or an instruction-tuned model"
-        )
+        needs = {
+            "messages": spec.messages_column is not None,
+            "chat": spec.chat is not None,
+            "a system message": spec.system is not None,
+        }
+        for what, needed in needs.items():
+            if needed:
+                raise UsageError(
+                    f"the model has no chat template, which is needed for {what}; use a model "
+                    "trained for chat, or a prompt column or template without it"
+                )
+        return None
     try:
         return ChatTemplate(source, tokenizer.bos_token, tokenizer.eos_token)
     except ValueError as error:

@@ -62,7 +62,7 @@ class Tokenizer:
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
-            raise ModelError(f"{path}: not a tokenizer: {_first_line(error)}") from None
+            raise ModelError(f"{path}: not a tokenizer: {first_line(error)}") from None
         config = read_json(directory / "tokenizer_config.json", required=False)
         bos_token = _token_text(config.get("bos_token"))
         eos_token = _token_text(config.get("eos_token"))
@@ -155,7 +155,7 @@ def read_json(path: Path, *, required: bool = True) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: cannot be read: {_first_line(error)}") from None
+        raise ModelError(f"{path}: cannot be read: {first_line(error)}") from None
     if not isinstance(value, dict):
         raise ModelError(f"{path}: not a JSON object")
     return value
@@ -186,7 +186,7 @@ def _read_chat_template(directory: Path, config: dict[str, Any]) -> str | None:
         try:
             return file.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
-            raise ModelError(f"{file}: cannot be read: {_first_line(error)}") from None
+            raise ModelError(f"{file}: cannot be read: {first_line(error)}") from None
     template = config.get("chat_template")
     if isinstance(template, list):
         named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
@@ -196,5 +196,6 @@ def _read_chat_template(directory: Path, config: dict[str, Any]) -> str | None:
     return template
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """An error in one line, for a message to the user."""
     return next(iter(str(error).splitlines()), type(error).__name__)

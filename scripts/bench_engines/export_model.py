@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("gguf", type=Path)
     parser.add_argument("directory", type=Path)
     arguments = parser.parse_args()
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     export(arguments.gguf, arguments.directory)
     print(f"{arguments.directory}: written from {arguments.gguf}")
 

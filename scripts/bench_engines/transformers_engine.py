@@ -14,7 +14,7 @@ from pathlib import Path  # noqa: E402
 
 import torch  # noqa: E402
 from contract import Rows, make_parser, report, warm_up_rows  # noqa: E402
-from transformers import AutoModelForCausalLM, PreTrainedModel  # noqa: E402
+from transformers import LlamaForCausalLM  # noqa: E402
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,19 +26,17 @@ class Timing:
     outputs: list[list[int]]
 
 
-def load(directory: Path) -> PreTrainedModel:
+def load(directory: Path) -> LlamaForCausalLM:
     """Loads bf16 weights, and lets no token end a row early."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+    model: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
     model.generation_config.eos_token_id = None
-    return model.eval()
+    return model
 
 
 @torch.inference_mode()
-def generate(model: PreTrainedModel, rows: Rows, batch_size: int) -> list[list[int]]:
+def generate(model: LlamaForCausalLM, rows: Rows, batch_size: int) -> list[list[int]]:
     """Answers every row greedily; the outputs come in the rows' order."""
-    by_length = sorted(
-        range(len(rows)), key=lambda i: (len(rows.prompts[i]), rows.max_tokens[i])
-    )
+    by_length = sorted(range(len(rows)), key=lambda i: (len(rows.prompts[i]), rows.max_tokens[i]))
     outputs: list[list[int]] = [[] for _ in range(len(rows))]
     for first in range(0, len(by_length), batch_size):
         batch = by_length[first : first + batch_size]
@@ -49,7 +47,7 @@ def generate(model: PreTrainedModel, rows: Rows, batch_size: int) -> list[list[i
             input_ids[place, longest - len(rows.prompts[i]) :] = torch.tensor(rows.prompts[i])
             attention_mask[place, longest - len(rows.prompts[i]) :] = 1
         # generate() asks the model for the logits of the last position only.
-        answer = model.generate(
+        answer: torch.Tensor = model.generate(  # type: ignore[misc, assignment]
             input_ids=input_ids,
             attention_mask=attention_mask,
             max_new_tokens=max(rows.max_tokens[i] for i in batch),
@@ -89,8 +87,8 @@ def main() -> None:
                 "dtype": "bfloat16",
                 "threads": torch.get_num_threads(),
                 "batch_size": best.batch_size,
-            }
-            | {f"seconds_at_{t.batch_size}": round(t.seconds, 3) for t in timings},
+                **{f"seconds_at_{t.batch_size}": round(t.seconds, 3) for t in timings},
+            },
             save_tokens=arguments.save_tokens,
         )
 

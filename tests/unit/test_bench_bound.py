@@ -22,9 +22,7 @@ def load_bound() -> ModuleType:
 
 b = load_bound()
 
-TINY = b.ModelShape(
-    layers=2, hidden=4, intermediate=6, q_heads=2, kv_heads=1, head_dim=2, vocab=10
-)
+TINY = b.ModelShape(layers=2, hidden=4, intermediate=6, q_heads=2, kv_heads=1, head_dim=2, vocab=10)
 
 
 def tokens(*ids: int) -> np.ndarray:
@@ -110,8 +108,6 @@ def test_equals_brute_force(vocab):
     rng = np.random.default_rng(vocab)
     for _ in range(300):
         rows = int(rng.integers(1, 12))
-        prompts = [
-            rng.integers(0, vocab, rng.integers(1, 7), dtype=np.int32) for _ in range(rows)
-        ]
+        prompts = [rng.integers(0, vocab, rng.integers(1, 7), dtype=np.int32) for _ in range(rows)]
         outputs = rng.integers(1, 6, rows).tolist()
         assert b.measure(prompts, outputs) == brute_force(prompts, outputs)

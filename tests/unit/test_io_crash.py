@@ -12,12 +12,20 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchllm.errors import OutputError
+from batchllm.io.durable import OutputLock
 from batchllm.io.inspect import read_run
+from batchllm.io.manifest import Manifest
 from batchllm.io.output import OutputStore
 from batchllm.io.ranges import pending
 
 SCHEMA = pa.schema([("i", pa.int64())])
 CALLS = ("fsync", "replace", "pwrite", "ftruncate", "unlink", "rmdir", "mkdir")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """No test here depends on the disk having really been waited for."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 class KilledError(BaseException):
@@ -50,21 +58,33 @@ class Faults:
         return call
 
 
-def run_job(path, stores):
+@pytest.fixture
+def kill(monkeypatch):
+    """Do what the kernel does for a dead process: close the files it had open."""
+    opened = []
+    for kind, name in ((OutputLock, "release"), (Manifest, "close")):
+
+        def init(self, *args, original=kind.__init__, closer=name):
+            original(self, *args)
+            opened.append(getattr(self, closer))
+
+        monkeypatch.setattr(kind, "__init__", init)
+
+    def close_all():
+        while opened:
+            opened.pop()()
+
+    return close_all
+
+
+def run_job(path):
     store = OutputStore.open(path, SCHEMA, {"job": 1}, num_rows=5)
-    stores.append(store)
     if store.is_complete:
         return
     for rows in pending(5, store.finished, 2):
         table = pa.table({"i": range(rows.start, rows.end)}, schema=SCHEMA)
         store.write_window(rows, table, {"rows": rows.num_rows})
     store.finish({"rows": 5})
-
-
-def kill(stores):
-    """What the kernel does for a dead process: its locks and files go."""
-    for store in stores:
-        store.close()
 
 
 def read(path):
@@ -78,28 +98,27 @@ def leftovers(root):
 
 @pytest.mark.parametrize("kind", ["killed before", "killed after", "disk error"])
 @pytest.mark.parametrize("name", ["out.parquet", "out"])
-def test_a_job_that_dies_anywhere_goes_on(tmp_path, name, kind):
+def test_a_job_that_dies_anywhere_goes_on(tmp_path, name, kind, kill):
     clean = tmp_path / "clean"
-    run_job(clean / name, [])
+    run_job(clean / name)
     num_died = 0
     for at in count():
         root = tmp_path / f"{at}"
         root.mkdir()
         path = root / name
-        stores = []
         with pytest.MonkeyPatch.context() as patch:
             faults = Faults(patch, kind, at)
             try:
-                run_job(path, stores)
+                run_job(path)
                 died = False
             except (KilledError, OutputError):
                 died = True
-        kill(stores)
+        kill()
         if name == "out.parquet" and path.exists():
             assert read(path) == [0, 1, 2, 3, 4]
         elif died and (path.exists() or list(root.iterdir())):
             check_unfinished(path)
-        run_job(path, [])
+        run_job(path)
         assert read(path) == [0, 1, 2, 3, 4]
         assert read_run(path).state == "complete"
         assert leftovers(root) == leftovers(clean)

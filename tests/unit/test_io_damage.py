@@ -91,6 +91,8 @@ def test_damage_in_a_page_names_file_and_rows_and_spares_other_row_groups(path):
 
 
 def test_one_flipped_bit_in_a_page_is_found_by_its_checksum(path):
+    options = {"row_group_size": 100, "compression": "none", "use_dictionary": False}
+    pq.write_table(TABLE, path, write_page_checksum=True, **options)
     content = bytearray(path.read_bytes())
     where = page_bytes(path, 0)
     content[(where.start + where.stop) // 2] ^= 1

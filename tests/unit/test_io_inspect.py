@@ -1,5 +1,7 @@
 """What an output tells about its run, finished or not."""
 
+import os
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -10,6 +12,12 @@ from batchllm.io.output import OutputStore
 from batchllm.io.ranges import RowRange
 
 SCHEMA = pa.schema([("i", pa.int64())])
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """No test here depends on the disk having really been waited for."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 @pytest.fixture(params=["out.parquet", "out"])

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchllm.errors import OutputError
+from batchllm.io.durable import OutputLock
 from batchllm.io.output import OutputStore
 from batchllm.io.parquet import ParquetInput
 from batchllm.io.parts import read_record
@@ -24,6 +25,12 @@ SCHEMA = pa.schema(
     metadata={"pandas": "{}", "custom": "kept"},
 )
 TABLE = pa.table({"i": range(10), "answer": [f"answer {i}" for i in range(10)]}, schema=SCHEMA)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """No test here depends on the disk having really been waited for."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 @pytest.fixture(params=["out.parquet", "out"])
@@ -76,9 +83,8 @@ def test_a_file_leaves_nothing_beside_it_and_carries_its_run(tmp_path):
     path = tmp_path / "out.parquet"
     complete(path)
     assert tree(tmp_path) == {"out.parquet"}
-    metadata = pq.read_schema(path).metadata
-    record = json.loads(metadata.pop(b"batchllm"))
-    assert metadata == SCHEMA.metadata
+    assert pq.read_schema(path).metadata == SCHEMA.metadata
+    record = json.loads(pq.read_metadata(path).metadata[b"batchllm"])
     assert record["identity"] == IDENTITY
     assert record["summary"] == {"rows": 10, "speed": 1.5}
     assert record["version"] == 1
@@ -110,7 +116,7 @@ def test_every_type_survives_the_store(tmp_path):
             "dictionary": word.dictionary_encode(),
             "large": word.cast(pa.large_string()),
             "stamp": pa.array([1, 2, None], pa.timestamp("ns", "UTC")),
-            "decimal": pa.array([1, 2, None], pa.int64()).cast(pa.decimal128(20, 3)),
+            "decimal": pa.array([1, 2, None], pa.int64()).cast(pa.decimal128(25, 3)),
             "nested": pa.array([{"a": [1], "b": {"c": "x"}}, None, {"a": [], "b": None}]),
             "map": pa.array([[("k", 1)], None, []], pa.map_(pa.string(), pa.int32())),
             "null": pa.nulls(3),
@@ -142,11 +148,13 @@ def test_types_that_parquet_changes_still_fit_the_declared_schema(tmp_path):
 def test_an_output_used_as_input_gives_up_its_old_record(tmp_path):
     complete(tmp_path / "one.parquet")
     opened = ParquetInput(tmp_path / "one.parquet")
-    with start(tmp_path / "two.parquet", {"second": 1}, opened.schema) as store:
+    stale = opened.schema.with_metadata({**SCHEMA.metadata, b"batchllm": b"{}"})
+    with start(tmp_path / "two.parquet", {"second": 1}, stale) as store:
         for window in opened.windows([RowRange(0, 10)]):
             store.write_window(window.rows, window.table, {})
         store.finish({})
     assert read_record(tmp_path / "two.parquet")["identity"] == {"second": 1}
+    assert pq.read_schema(tmp_path / "two.parquet").metadata == SCHEMA.metadata
     assert start(tmp_path / "two.parquet", {"second": 1}, opened.schema).is_complete
 
 
@@ -192,7 +200,8 @@ def test_a_different_job_is_refused_and_told_what_differs(path, finished):
     if finished:
         complete(path)
     else:
-        start(path).close()
+        with start(path) as store:
+            write(store, 0, 4)
     other = {"model": {"sha256": "b" * 64}, "sampling": {"max_tokens": 64}}
     message = refused(path, identity=other)
     work = path.parent / ".out.parquet.batchllm"
@@ -205,6 +214,20 @@ def test_a_different_job_is_refused_and_told_what_differs(path, finished):
     schema = SCHEMA.set(1, pa.field("answer", pa.int64()))
     assert 'columns.answer is "int64", was "string"' in refused(path, schema=schema)
     start(path).close()  # the refusals changed nothing
+
+
+def test_a_job_that_did_nothing_leaves_nothing_and_refuses_nobody(path):
+    start(path).close()
+    assert not work_of(path).exists() and not path.exists()
+    store = start(path)
+    manifest = work_of(path) / "manifest.jsonl"
+    header = manifest.read_bytes()
+    store.close()
+    manifest.parent.mkdir(parents=True)
+    manifest.write_bytes(header)  # what a process killed before its first window leaves
+    with start(path, identity={"another": "job"}) as store:
+        write(store, 0, 4)
+    assert "was started by a different job" in refused(path)
 
 
 def test_a_part_that_went_missing_is_done_again(tmp_path):
@@ -225,11 +248,14 @@ def test_a_part_that_went_missing_is_done_again(tmp_path):
 
 def test_a_part_damaged_on_disk_is_found_when_the_file_is_joined(tmp_path):
     path = tmp_path / "out.parquet"
-    with start(path) as store:
-        write(store, 0, 10)
-        part = tmp_path / ".out.parquet.batchllm/part-000000000000-000000000010.parquet"
+    schema = pa.schema([("t", pa.binary())])
+    with start(path, schema=schema, num_rows=1) as store:
+        # Noise is stored as it is, so that only the page's checksum can tell that it changed.
+        table = pa.table({"t": [os.urandom(10_000)]}, schema=schema)
+        store.write_window(RowRange(0, 1), table, {})
+        part = tmp_path / ".out.parquet.batchllm/part-000000000000-000000000001.parquet"
         content = bytearray(part.read_bytes())
-        content[20] ^= 1
+        content[5_000] ^= 1
         part.write_bytes(content)
         with pytest.raises(OutputError, match=r"cannot be read.*; delete that part and run again"):
             store.finish({})
@@ -389,8 +415,25 @@ def test_a_second_writer_is_refused_at_once(path):
     assert start(path).is_complete
 
 
+def test_a_job_that_another_process_finished_just_now_is_complete(path, monkeypatch):
+    acquire = OutputLock.acquire
+
+    def finish_first(*args):
+        monkeypatch.setattr(OutputLock, "acquire", acquire)
+        complete(path)
+        return acquire(*args)
+
+    monkeypatch.setattr(OutputLock, "acquire", finish_first)
+    store = start(path)
+    assert store.is_complete
+    with pytest.raises(ValueError, match="complete or closed"):
+        store.finish({})
+    assert read(path).equals(TABLE)
+
+
 def test_the_lock_falls_with_its_process(path):
-    start(path).close()
+    with start(path) as store:
+        write(store, 0, 4)
     lock = work_of(path) / "lock"
     code = "import fcntl,sys; f=open(sys.argv[1]); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=1)"
     code += "; sys.stdin.read()"

@@ -113,6 +113,14 @@ def test_types_values_and_metadata_come_through(tmp_path):
     assert result.schema.metadata == {b"pandas": b'{"index_columns": []}', b"custom": b"kept"}
 
 
+def test_metadata_added_to_the_file_alone_is_kept_too(tmp_path):
+    table = pa.table({"a": [1]}, metadata={"custom": "kept"})
+    with pq.ParquetWriter(tmp_path / "a.parquet", table.schema) as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata({"added": "late", "batchllm": "{}"})
+    assert ParquetInput(tmp_path).schema.metadata == {b"custom": b"kept", b"added": b"late"}
+
+
 @pytest.mark.parametrize(
     "values",
     [

@@ -1,5 +1,7 @@
 """The prefix tree against brute force, over a vocabulary so small that everything collides."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -33,7 +35,7 @@ def test_common_prefix_lengths_equal_brute_force(prompts, stretch):
     tokens = RaggedTokens.from_sequences(prompts)
     order = sort_sequences(tokens)
     expected = []
-    for i, j in zip(order[:-1], order[1:], strict=True):
+    for i, j in pairwise(order):
         same = [a == b for a, b in zip(prompts[i], prompts[j], strict=False)]
         expected.append(same.index(False) if False in same else len(same))
     assert common_prefix_lengths(tokens, order).tolist() == expected

@@ -141,8 +141,8 @@ def test_every_row_is_answered_right_whatever_the_memory(
 
 def test_wrong_estimates_are_repaired_by_preemption():
     # Short answers first teach the estimator, then every answer is long.
-    vocab_rows = [([i % 2, (i // 2) % 2, (i // 4) % 2, (i // 8) % 2, i % 5, i], 40) for i in range(60)]
-    reqs = requests(vocab_rows)
+    rows = [([i % 2, i // 2 % 2, i // 4 % 2, i // 8 % 2, i % 5, i], 40) for i in range(60)]
+    reqs = requests(rows)
     plan = plan_requests(reqs, policy="table-order")
     pool = BlockPool(40, 4)
     scheduler = Scheduler(
@@ -156,7 +156,7 @@ def test_wrong_estimates_are_repaired_by_preemption():
         scheduler._lengths.observe(1, 40)
     answers = {s.row_index: s for s in CheckingEngine(scheduler, FakeRunner(40, 4)).run(plan)}
     assert scheduler.stats.preemptions > 0
-    for i, (prompt, max_tokens) in enumerate(vocab_rows):
+    for i, (prompt, max_tokens) in enumerate(rows):
         assert answers[i].output_token_ids == expected_answer(prompt, max_tokens)
 
 
@@ -244,8 +244,8 @@ def test_first_samples_equal_a_step_by_step_simulation(sequences, budget):
                 left[i] -= 1
         for i in decodes:
             left[i] -= 1
-    prefill = np.array([p for p, _ in sequences])
-    assert first_sample_steps(prefill, np.array([r for _, r in sequences]), budget).tolist() == start
+    prefill, remaining = np.array(sequences).T
+    assert first_sample_steps(prefill, remaining, budget).tolist() == start
 
 
 @given(st.lists(st.integers(0, 7), max_size=200))

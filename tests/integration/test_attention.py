@@ -95,9 +95,7 @@ def test_cpu_backend_equals_reference_on_random_trees(rows, budget, shape):
 def deep_tree():
     """Long shared prefixes (read as segments) above short ones (folded into the decodes)."""
     head = [1] * 60
-    return [
-        (head + [2] * (i % 3 * 20) + [i % 5] + [9, i], 3 + i % 7) for i in range(3, 40)
-    ]
+    return [(head + [2] * (i % 3 * 20) + [i % 5] + [9, i], 3 + i % 7) for i in range(3, 40)]
 
 
 def test_long_shared_prefixes_are_read_once_for_all():

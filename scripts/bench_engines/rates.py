@@ -1,0 +1,106 @@
+"""Measures the machine's two rates for the bound: F, bf16 matrix products, and B, memory.
+
+F is taken over the model's own matrices, each by the faster of torch's two ways to multiply on a
+CPU (plain, and with the weight repacked for oneDNN once), at each number of rows given; the best
+counts, with or without the head, so that the bound flatters nobody. B is the better of reading and
+copying far more than caches hold. The minimum over repeats is used: anything else that runs can
+only slow a repeat down.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from bound import SMOLLM2_135M, ModelShape
+
+READ_BYTES = 1 << 29
+SECONDS_A_MEASUREMENT = 0.3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredRates:
+    """F in FLOP/s and B in bytes/s, as bound.Rates takes them, and what they were chosen from."""
+
+    flops: float
+    bandwidth: float
+    pass_flops_by_rows: dict[int, float]
+    body_flops_by_rows: dict[int, float]
+    head_flops_by_rows: dict[int, float]
+    read: float
+    copy: float
+    threads: int
+
+
+def best_seconds(call: Callable[[], object]) -> float:
+    """The least time one call took, over at least three and SECONDS_A_MEASUREMENT."""
+    call()
+    best = float("inf")
+    repeats = 0
+    until = time.perf_counter() + SECONDS_A_MEASUREMENT
+    while repeats < 3 or time.perf_counter() < until:
+        start = time.perf_counter()
+        call()
+        best = min(best, time.perf_counter() - start)
+        repeats += 1
+    return best
+
+
+def linear_seconds(rows: int, inputs: int, outputs: int) -> float:
+    """Seconds of x @ w.T in bf16, x [rows, inputs], w [outputs, inputs], the faster way."""
+    x = torch.randn(rows, inputs).to(torch.bfloat16)
+    w = torch.randn(outputs, inputs).to(torch.bfloat16)
+    plain = best_seconds(lambda: F.linear(x, w))
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return plain
+    packed = torch.ops.mkldnn._reorder_linear_weight(w, rows)
+    product = torch.ops.mkldnn._linear_pointwise
+    return min(plain, best_seconds(lambda: product(x, packed, None, "none", [], "")))
+
+
+@torch.inference_mode()
+def measure(model: ModelShape, row_counts: list[int]) -> MeasuredRates:
+    """Times all five products at each number of rows, then memory.
+
+    A whole pass is what the model does for a sampled token: all layers' four products, and the
+    head once; the body is the pass without the head.
+    """
+    whole, body, head = {}, {}, {}
+    for rows in row_counts:
+        seconds = {name: linear_seconds(rows, a, b) for name, (a, b) in model.matrices.items()}
+        head_seconds = seconds.pop("head")
+        body_seconds = model.layers * sum(seconds.values())
+        body_flop = 2 * rows * model.body_parameters
+        head_flop = 2 * rows * model.head_parameters
+        whole[rows] = (body_flop + head_flop) / (body_seconds + head_seconds)
+        body[rows] = body_flop / body_seconds
+        head[rows] = head_flop / head_seconds
+    source = torch.ones(READ_BYTES // 4)
+    target = torch.empty_like(source)
+    read = READ_BYTES / best_seconds(source.sum)
+    copy = 2 * READ_BYTES / best_seconds(lambda: target.copy_(source))
+    return MeasuredRates(
+        flops=max(*whole.values(), *body.values()),
+        bandwidth=max(read, copy),
+        pass_flops_by_rows=whole,
+        body_flops_by_rows=body,
+        head_flops_by_rows=head,
+        read=read,
+        copy=copy,
+        threads=torch.get_num_threads(),
+    )
+
+
+def main() -> None:
+    """Command line: the numbers of rows to multiply."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rows", type=int, nargs="+", default=[64, 256, 1024, 2048])
+    arguments = parser.parse_args()
+    print(json.dumps(asdict(measure(SMOLLM2_135M, arguments.rows))))
+
+
+if __name__ == "__main__":
+    main()

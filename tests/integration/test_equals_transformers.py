@@ -1,0 +1,174 @@
+"""Greedy answers and logits against Hugging Face's implementation, on the default model's weights.
+
+Text is this repository's own documentation and licence plus the example table's, cut into prompts
+of 5 to 1,500 tokens, many of them sharing beginnings.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from oracle import load_gguf_model
+
+from batchllm import LLM, SamplingParams
+from batchllm.models.locate import resolve
+from batchllm.prefix.plan import plan_requests
+from batchllm.request import Request
+from batchllm.runner.model_input import build_model_input
+from batchllm.scheduler.state import StepOutput
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+
+ROOT = Path(__file__).parents[2]
+NUM_NEW_TOKENS = 16
+# Logits lie around 20, where bfloat16 has steps of 1/8; both sides round at every layer.
+WITHIN_ROUNDING = {"float32": 1e-3, "bfloat16": 0.5}
+
+
+@pytest.fixture(scope="module", params=["bfloat16", "float32"])
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def oracle(dtype):
+    """Hugging Face's model out of the same GGUF file."""
+    return load_gguf_model(resolve(None), getattr(torch, dtype))
+
+
+@pytest.fixture(scope="module")
+def llm(dtype):
+    return LLM(dtype=dtype, kv_memory=1 << 30)
+
+
+@pytest.fixture(scope="module")
+def prompts(llm):
+    """66 prompts: chats and plain text, alone and below shared beginnings, 5 to 1,500 tokens."""
+    table = pq.read_table(ROOT / "datasets" / "example.parquet")
+    texts = list(dict.fromkeys(table["text"].to_pylist()))
+    licence = (ROOT / "LICENSE").read_text()
+    encode = llm.tokenizer.encode_batch
+    long = encode([licence, "\n".join(texts)], add_special_tokens=False)
+    rng = np.random.default_rng(0)
+    chosen = [long[i % 2][100:][:n] for i, n in enumerate([5, 6, 7, 17, 64, 255, 700, 1500])]
+    for start in (0, 400):  # two documents, each asked several things: a tree of three levels
+        head = long[0][start : start + 200]
+        for part in range(2):
+            section = np.concatenate([head, long[1][part * 300 :][: 90 + 40 * part]])
+            for _ in range(6):
+                at, size = rng.integers(1000), rng.integers(5, 40)
+                chosen.append(np.concatenate([section, long[0][at : at + size]]))
+    for _ in range(20):  # nothing in common
+        at, size = rng.integers(900), int(rng.integers(5, 300))
+        chosen.append(long[int(rng.integers(2))][at : at + size])
+    chats = [f"{text[:300]}\n\nWhat is this about?" for text in texts[:14]]
+    spec = [{"role": "user", "content": c} for c in chats]
+    from batchllm.text.chat import ChatTemplate
+
+    template = ChatTemplate(
+        llm.tokenizer.chat_template, llm.tokenizer.bos_token, llm.tokenizer.eos_token
+    )
+    chosen += list(encode([template.render([m]) for m in spec], add_special_tokens=False))
+    prompts = [c.tolist() for c in chosen]
+    assert len(prompts) >= 64
+    assert min(map(len, prompts)) == 5 and max(map(len, prompts)) == 1500
+    return prompts
+
+
+@pytest.fixture(scope="module")
+def expected(llm, oracle, prompts):
+    """Hugging Face's greedy answer to each prompt, alone."""
+    answers = []
+    for prompt in prompts:
+        with torch.inference_mode():
+            out = oracle.generate(
+                torch.tensor([prompt]),
+                attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+                max_new_tokens=NUM_NEW_TOKENS,
+                do_sample=False,
+                eos_token_id=list(llm.tokenizer.eos_token_ids),
+                pad_token_id=0,
+            )
+        answers.append(out[0, len(prompt) :].tolist())
+    return answers
+
+
+def compare(oracle, prompts, expected, outputs, dtype):
+    """Equal, or different first where the oracle itself holds the two tokens nearly equal.
+
+    Returns how many answers differ.
+    """
+    different = 0
+    for prompt, want, output in zip(prompts, expected, outputs, strict=True):
+        got = output.output_token_ids.tolist()
+        if got == want:
+            continue
+        different += 1
+        at = next(
+            (i for i, (a, b) in enumerate(zip(got, want, strict=False)) if a != b),
+            min(len(got), len(want)),
+        )
+        assert at < min(len(got), len(want)), f"{got} ends elsewhere than {want}"
+        with torch.inference_mode():
+            logits = oracle(torch.tensor([prompt + want[:at]])).logits[0, -1].float()
+        gap = float(logits[want[at]] - logits[got[at]])
+        assert gap <= WITHIN_ROUNDING[dtype], (
+            f"prompt of {len(prompt)} tokens, output {at}: ours {got[at]}, theirs {want[at]}, "
+            f"whose logits are {gap:.3f} apart"
+        )
+    return different
+
+
+@pytest.mark.parametrize(
+    ("options", "expects"),
+    [
+        ({"kv_memory": 1 << 30}, "batched and shared"),
+        ({"kv_memory": 1 << 30, "sharing": False}, "unshared"),
+        ({"kv_memory": 1 << 30, "max_num_batched_tokens": 96}, "chunked"),
+        ({"kv_memory": 256 << 20}, "preempted"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_greedy_answers_equal(llm, oracle, prompts, expected, dtype, options, expects):
+    if expects == "preempted":  # room for the longest prompt, hardly more
+        per_token = 2 * 30 * 3 * 64 * (2 if dtype == "bfloat16" else 4)
+        options = {"kv_memory": 1700 * per_token}
+    engine = LLM(llm.checkpoint, dtype=dtype, **options)
+    if expects == "preempted":  # teach it that answers are short, so that it admits too much
+        for _ in range(100):
+            engine._scheduler._lengths.observe(1, NUM_NEW_TOKENS)
+    outputs = engine.generate(prompts, SamplingParams(max_tokens=NUM_NEW_TOKENS))
+    assert (engine.metrics.preemptions > 0) == (expects == "preempted")
+    assert (engine.metrics.saved_share > 0.2) == (expects != "unshared")
+    different = compare(oracle, prompts, expected, outputs, dtype)
+    print(f"{dtype}, {expects}: {different} of {len(prompts)} differ, all within rounding")
+    # Rounding decides few answers: a real difference would show in many.
+    assert different <= (0 if dtype == "float32" else len(prompts) // 4)
+
+
+def test_logits_agree(llm, oracle, prompts, dtype):
+    """Next-token logits of every prompt, computed as one shared batch, against one at a time."""
+    requests = [
+        Request(i, np.array(p, np.int32), SamplingParams(max_tokens=1))
+        for i, p in enumerate(prompts)
+    ]
+    plan = plan_requests(requests)
+    got = {}
+    scheduler = llm._new_scheduler()
+    scheduler.add(plan)
+    while scheduler.has_unfinished:
+        batch = scheduler.schedule()
+        step = build_model_input(batch, llm.config.block_size)
+        logits = llm._runner.logits(step)
+        got |= {s.row_index: row.float() for s, row in zip(step.samples, logits, strict=True)}
+        scheduler.update(batch, StepOutput(logits.argmax(-1).tolist()))
+    assert set(got) == set(range(len(prompts)))
+    worst = 0.0
+    for i, prompt in enumerate(prompts):
+        with torch.inference_mode():
+            want = oracle(torch.tensor([prompt]), logits_to_keep=1).logits[0, -1].float()
+        worst = max(worst, float((got[i] - want).abs().max() / want.abs().max()))
+    print(f"{dtype}: logits differ by at most {worst:.2e} of the largest")
+    assert worst < {"float32": 1e-3, "bfloat16": 5e-2}[dtype]

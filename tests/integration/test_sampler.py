@@ -1,0 +1,75 @@
+"""Sampling against its definition."""
+
+import numpy as np
+import pytest
+import torch
+
+from batchllm.request import SamplingParams
+from batchllm.sampling import sampler
+from batchllm.sampling.random import uniform
+from batchllm.sampling.sampler import sample_tokens
+from batchllm.scheduler.state import Sample
+
+
+def samples(count, **params):
+    return [Sample(i, i, 0, SamplingParams(**params)) for i in range(count)]
+
+
+def test_random_numbers_are_uniform_and_independent():
+    rows, positions = (a.ravel() for a in np.meshgrid(np.arange(300), np.arange(300)))
+    seeds = np.zeros_like(rows)
+    numbers = uniform(seeds, rows, positions)
+    assert 0 <= numbers.min() and numbers.max() < 1
+    counts, _ = np.histogram(numbers, bins=50, range=(0, 1))
+    assert np.abs(counts / len(numbers) * 50 - 1).max() < 0.1
+    by_row = numbers.reshape(300, 300)
+    for shifted in (by_row[:, 1:] * by_row[:, :-1], by_row[1:] * by_row[:-1]):
+        assert abs(shifted.mean() - 0.25) < 0.005
+    assert not np.array_equal(numbers, uniform(seeds + 1, rows, positions))
+    assert len(np.unique(numbers)) == len(numbers)
+
+
+def test_greedy_takes_the_largest():
+    logits = torch.tensor([[0.0, 3.0, 1.0], [5.0, 4.0, 5.0]])
+    assert sample_tokens(logits, samples(2)) == [1, 0]
+
+
+@pytest.mark.parametrize("first_look", [4, 1024])
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(0, 1.0), (3, 1.0), (0, 0.6), (3, 0.6), (12, 0.9), (12, 1.0), (1, 1.0)]
+)
+def test_draws_follow_the_filtered_distribution(monkeypatch, first_look, top_k, top_p):
+    monkeypatch.setattr(sampler, "_FIRST_LOOK", first_look)
+    count, temperature = 20_000, 1.7
+    logits = torch.randn(16, generator=torch.Generator().manual_seed(1)) * 2
+    order = logits.argsort(descending=True)
+    expected = (logits / temperature)[order]
+    expected[top_k or 16 :] = -torch.inf
+    expected = expected.softmax(0)
+    expected[(expected.cumsum(0) - expected) >= top_p] = 0
+    expected /= expected.sum()
+    drawn = sample_tokens(
+        logits.expand(count, -1),
+        samples(count, temperature=temperature, top_k=top_k, top_p=top_p, seed=5),
+    )
+    share = torch.bincount(torch.tensor(drawn), minlength=16)[order] / count
+    assert (share[expected == 0] == 0).all()
+    torch.testing.assert_close(share, expected.to(share.dtype), atol=0.012, rtol=0)
+
+
+def test_a_row_draws_the_same_whatever_the_batch():
+    torch.manual_seed(0)
+    logits = torch.randn(40, 300)
+    mixed = [
+        Sample(i, i, i % 3, SamplingParams(temperature=(i % 4) / 2, top_k=i % 5, top_p=1 - i % 3 / 4))
+        for i in range(40)
+    ]
+    together = sample_tokens(logits, mixed)
+    alone = [sample_tokens(logits[i : i + 1], [mixed[i]])[0] for i in range(40)]
+    backwards = sample_tokens(logits.flip(0), mixed[::-1])[::-1]
+    assert together == alone == backwards
+
+
+def test_tiny_temperature_is_nearly_greedy():
+    logits = torch.tensor([[1.0, 2.0, 0.5]])
+    assert sample_tokens(logits, samples(1, temperature=1e-4)) == [1]

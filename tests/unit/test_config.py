@@ -1,0 +1,87 @@
+import pytest
+
+from batchllm.cache.memory import free_memory, num_kv_blocks
+from batchllm.config import EngineConfig, parse_size
+from batchllm.errors import UsageError
+from batchllm.metrics import Metrics
+from batchllm.request import SamplingParams
+from batchllm.runner.dtype import choose_dtype, has_fast_bfloat16
+
+
+def test_an_unknown_option_names_the_nearest_known():
+    with pytest.raises(UsageError, match="did you mean 'kv_memory'"):
+        EngineConfig.from_options(kv_memroy=1)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("1000", 1000), ("512M", 512 << 20), ("4GiB", 4 << 30), ("1.5g", 3 << 29), ("2 kb", 2048)],
+)
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "G", "4 potatoes", "-1G", "1e9"])
+def test_not_a_size(text):
+    with pytest.raises(UsageError, match="is not a size"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"max_tokens": 0},
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"top_k": -1},
+    ],
+)
+def test_sampling_params_out_of_range(values):
+    with pytest.raises(UsageError, match=next(iter(values))):
+        SamplingParams(**values)
+
+
+@pytest.mark.parametrize(
+    "values", [{"dtype": "float64"}, {"block_size": 0}, {"kv_memory": 0}, {"max_model_len": -1}]
+)
+def test_engine_config_out_of_range(values):
+    with pytest.raises(UsageError, match=next(iter(values))):
+        EngineConfig(**values)
+
+
+def test_kv_memory_is_half_of_what_is_free_unless_given():
+    assert num_kv_blocks(None, 10, 1000) == 50
+    assert num_kv_blocks(200, 10, 1000) == 20
+    with pytest.raises(UsageError, match="are free"):
+        num_kv_blocks(2000, 10, 1000)
+    with pytest.raises(UsageError, match="does not hold one block"):
+        num_kv_blocks(5, 10, 1000)
+
+
+def test_a_containers_limit_counts(tmp_path):
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("400\n")
+    assert free_memory(tmp_path) == 600
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_memory(tmp_path) > 10_000
+
+
+def test_auto_dtype_follows_weights_and_processor(tmp_path):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("flags : sse avx2\n")
+    assert not has_fast_bfloat16(cpuinfo)
+    cpuinfo.write_text("flags : avx512f avx512_bf16\n")
+    assert has_fast_bfloat16(cpuinfo)
+    assert choose_dtype("auto", "float32") == "float32"
+    assert choose_dtype("bfloat16", "float32") == "bfloat16"
+
+
+def test_metrics_add_up_but_peaks_do_not():
+    windows = [
+        Metrics(rows=2, prompt_tokens=10, computed_prompt_tokens=5, peak_kv_blocks=7).as_dict(),
+        Metrics(rows=3, prompt_tokens=10, computed_prompt_tokens=5, peak_kv_blocks=4).as_dict(),
+    ]
+    total = Metrics.total([*windows, {"unheard_of": 1}])
+    assert (total.rows, total.peak_kv_blocks, total.saved_share) == (5, 7, 0.5)

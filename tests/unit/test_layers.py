@@ -1,0 +1,105 @@
+"""Imports run one way, and the light parts stay light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "batchllm"
+
+# What each part may import; a part not named here may import anything of ours.
+ALLOWED = {
+    "errors": set(),
+    "request": {"errors"},
+    "config": {"errors"},
+    "metrics": set(),
+    "prefix": {"errors", "request", "prefix"},
+    "cache": {"errors", "cache"},
+    "scheduler": {"errors", "request", "prefix", "cache", "scheduler"},
+    "engine": {"errors", "request", "prefix", "cache", "scheduler"},
+    "progress": {"prefix", "scheduler"},
+    "io": {"errors", "request", "io"},
+    "text": {"errors", "request", "text"},
+    "models": {"errors", "request", "text", "models"},
+    "attention": {"errors", "request", "attention", "runner"},
+    "sampling": {"errors", "request", "scheduler", "sampling"},
+    "runner": {
+        *("errors", "request", "config", "prefix", "cache", "scheduler"),
+        *("attention", "models", "sampling", "runner"),
+    },
+    "report": {"errors", "request", "prefix", "text", "progress", "report"},
+    "api": {
+        *("errors", "request", "config", "metrics", "progress", "engine", "prefix", "cache"),
+        *("scheduler", "runner", "models", "text", "io"),
+    },
+}
+NO_TORCH = (
+    "batchllm",
+    "batchllm.cli",
+    "batchllm.engine",
+    "batchllm.prefix.plan",
+    "batchllm.scheduler.scheduler",
+    "batchllm.cache.block_pool",
+    "batchllm.runner.fake_runner",
+    "batchllm.runner.dtype",
+    "batchllm.io.output",
+    "batchllm.text.prompts",
+    "batchllm.models.checkpoint",
+    "batchllm.models.locate",
+    "batchllm.report.plan",
+)
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            yield node.module
+
+
+def parts():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        yield path.relative_to(PACKAGE).parts[0].removesuffix(".py"), path
+
+
+@pytest.mark.parametrize("part", ALLOWED)
+def test_a_part_imports_only_what_lies_below_it(part):
+    seen = 0
+    for name, path in parts():
+        if name != part:
+            continue
+        seen += 1
+        for module in imports(path):
+            if module.startswith("batchllm."):
+                target = module.split(".")[1]
+                assert target in ALLOWED[part], f"{path} imports {module}"
+    assert seen
+
+
+def test_nothing_imports_the_command_line():
+    for name, path in parts():
+        assert name == "cli" or "batchllm.cli" not in imports(path)
+
+
+def test_the_package_imports_no_oracle():
+    for _, path in parts():
+        assert not any(module.split(".")[0] == "transformers" for module in imports(path)), path
+
+
+@pytest.mark.parametrize("module", NO_TORCH)
+def test_import_is_light(module):
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_public_names_resolve():
+    import batchllm
+
+    assert batchllm.SamplingParams(max_tokens=3).max_tokens == 3
+    assert set(batchllm.__all__) <= set(dir(batchllm))
+    with pytest.raises(AttributeError, match="no attribute 'LLMM'"):
+        batchllm.LLMM  # noqa: B018
