@@ -26,8 +26,10 @@ models_app = typer.Typer(help="Models that are known by name: list them, pull th
 app.add_typer(models_app, name="models")
 
 _PROMPT, _SAMPLING, _ENGINE = "Prompt (exactly one source)", "Sampling", "Engine"
-Input = Annotated[str, typer.Argument(help="A Parquet file, a directory of them, or a glob.")]
-Output = Annotated[str, typer.Argument(help="A .parquet file or a directory.")]
+Input = Annotated[
+    str, typer.Argument(metavar="INPUT", help="A Parquet file, a directory of them, or a glob.")
+]
+Output = Annotated[str, typer.Argument(metavar="OUTPUT", help="A .parquet file or a directory.")]
 ModelName = Annotated[
     str | None,
     typer.Option("--model", help="Directory, GGUF file, hub id or name. [default: built in]"),

@@ -165,7 +165,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, default=BENCH / "model.gguf", help="for batchllm")
     parser.add_argument("--python", type=Path, default=Path(sys.executable), help="for batchllm")
     parser.add_argument(
-        "--batch-sizes", type=int, nargs="+", default=[32, 64, 256], help="tried by transformers"
+        "--batch-sizes", type=int, nargs="+", default=[32, 64], help="tried by transformers"
     )
     parser.add_argument("--out", type=Path, help="write all runs as JSON")
     parser.add_argument("--markdown", type=Path, help="write the table")

@@ -5,6 +5,7 @@ padded on the left and runs to the longest output in it, since `generate` can't 
 Several batch sizes may be given: each is run, and the fastest reported.
 """
 
+import sys
 import time
 
 START = time.perf_counter()
@@ -75,6 +76,7 @@ def main() -> None:
             start = time.perf_counter()
             outputs = generate(model, rows, batch_size)
             timings.append(Timing(time.perf_counter() - start, batch_size, outputs))
+            print(f"batch size {batch_size}: {timings[-1].seconds:.1f} s", file=sys.stderr)
         best = min(timings, key=lambda timing: timing.seconds)
         report(
             engine="transformers",

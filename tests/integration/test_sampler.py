@@ -61,7 +61,9 @@ def test_a_row_draws_the_same_whatever_the_batch():
     torch.manual_seed(0)
     logits = torch.randn(40, 300)
     mixed = [
-        Sample(i, i, i % 3, SamplingParams(temperature=(i % 4) / 2, top_k=i % 5, top_p=1 - i % 3 / 4))
+        Sample(
+            i, i, i % 3, SamplingParams(temperature=(i % 4) / 2, top_k=i % 5, top_p=1 - i % 3 / 4)
+        )
         for i in range(40)
     ]
     together = sample_tokens(logits, mixed)

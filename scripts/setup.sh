@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Makes the virtual environment that the other scripts run in; does nothing once it is complete.
+# Usage: scripts/setup.sh [run|dev]     run: what the tool needs; dev: and what its tests need
+# Environment: PYTHON (an interpreter, 3.11 or later), BATCHLLM_VENV (where; default .venv)
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+kind=${1:-run}
+venv=${BATCHLLM_VENV:-.venv}
+say() { echo "setup: $*" >&2; }
+stop() { say "$*"; exit 2; }
+
+is_new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
+as_root() { if [ "$(id -u)" = 0 ]; then "$@"; else sudo -n "$@"; fi; }
+
+find_python() {
+    local name
+    for name in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
+        if is_new_enough "$name"; then echo "$name"; return; fi
+    done
+    stop "no Python 3.11 or later found; install one (apt-get install python3) or set PYTHON"
+}
+
+# Debian and Ubuntu ship Python without the parts that make virtual environments.
+ensure_venv() {
+    "$1" -c 'import venv, ensurepip' 2>/dev/null && return
+    local package
+    package=$("$1" -c 'import sys; print(f"python{sys.version_info[0]}.{sys.version_info[1]}-venv")')
+    say "installing $package, which $1 needs to make virtual environments"
+    { as_root apt-get -qq update && as_root apt-get -qq install -y "$package"; } >/dev/null 2>&1 ||
+        stop "could not; run as root: apt-get install $package"
+}
+
+python=$(find_python)
+mark="$venv/.batchllm-$kind"
+# What was installed is told by what asks for it: a change there installs again.
+wanted=$(cat pyproject.toml constraints.txt | sha256sum)
+if [ -f "$mark" ] && [ "$(cat "$mark")" = "$wanted" ]; then exit 0; fi
+
+if [ ! -x "$venv/bin/python" ]; then
+    ensure_venv "$python"
+    say "making $venv with $("$python" --version)"
+    "$python" -m venv "$venv"
+fi
+extra=""
+[ "$kind" = dev ] && extra="[dev]"
+say "installing batchllm$extra into $venv (a few minutes the first time)"
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+    --constraint constraints.txt --editable ".$extra" 2> >(grep -v "^WARNING" >&2 || true)
+echo "$wanted" >"$mark"
