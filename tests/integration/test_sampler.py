@@ -19,7 +19,7 @@ def test_random_numbers_are_uniform_and_independent():
     rows, positions = (a.ravel() for a in np.meshgrid(np.arange(300), np.arange(300)))
     seeds = np.zeros_like(rows)
     numbers = uniform(seeds, rows, positions)
-    assert 0 <= numbers.min() and numbers.max() < 1
+    assert numbers.min() >= 0 and numbers.max() < 1
     counts, _ = np.histogram(numbers, bins=50, range=(0, 1))
     assert np.abs(counts / len(numbers) * 50 - 1).max() < 0.1
     by_row = numbers.reshape(300, 300)
