@@ -12,6 +12,7 @@ from builders import (
     write_safetensors_model,
     write_tokenizer,
 )
+from oracle import load_gguf_model
 
 from batchllm.models import locate
 from batchllm.models.checkpoint import open_checkpoint
@@ -87,18 +88,7 @@ def path():
 
 @pytest.fixture(scope="module")
 def model(path):
-    # What `from_pretrained(gguf_file=…)` does, less its demand for accelerate.
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
-
-    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
-    missing, unexpected = model.load_state_dict(tensors, strict=False)
-    assert not unexpected
-    assert set(missing) <= {"lm_head.weight"}
-    model.tie_weights()
-    return model
+    return load_gguf_model(path)
 
 
 class TestDefaultModel:
