@@ -9,7 +9,6 @@ from typing import Any, overload
 import numpy as np
 import pyarrow as pa
 
-from batchllm.cache.block_pool import BlockPool
 from batchllm.config import EngineConfig
 from batchllm.engine import Engine
 from batchllm.errors import UsageError
@@ -17,14 +16,19 @@ from batchllm.io.answers import AnswerColumns
 from batchllm.metrics import Metrics
 from batchllm.models.checkpoint import Checkpoint, open_checkpoint
 from batchllm.models.locate import resolve
-from batchllm.prefix.order import get_policy
-from batchllm.prefix.plan import PrefixPlan, plan_requests
+from batchllm.prefix.plan import PrefixPlan, plan_requests, reorder
+from batchllm.prefix.policies.registry import AUTO, check_policy
 from batchllm.progress import Progress
 from batchllm.request import Request, RequestOutput, RowError, SamplingParams
 from batchllm.runner.load import load_runner
-from batchllm.scheduler.scheduler import Scheduler, SchedulerStats
-from batchllm.scheduler.state import Batch
-from batchllm.scheduler.state import Sequence as RunState
+from batchllm.scheduler.base import SchedulerStats, StepScheduler
+from batchllm.scheduler.batch import Batch, FinishedSequence
+from batchllm.scheduler.factory import SchedulerLimits, make_scheduler
+from batchllm.scheduler.lengths import LengthEstimator
+from batchllm.simulate.choose import choose_policy
+from batchllm.simulate.cost import CostModel
+from batchllm.simulate.machine import get_machine
+from batchllm.simulate.shape import shape_of
 from batchllm.text.prompts import PromptBuilder, PromptSpec
 
 Prompt = str | Sequence[int]
@@ -54,7 +58,7 @@ class LLM:
             raise UsageError(f"give a config or options, not both: {', '.join(options)}")
         started = time.perf_counter()
         self.config = config or EngineConfig.from_options(**options)
-        get_policy(self.config.policy)
+        check_policy(self.config.policy)
         if isinstance(model, str | Path | None):
             model = open_checkpoint(resolve(None if model is None else str(model)))
         self.checkpoint = model
@@ -64,6 +68,8 @@ class LLM:
         self.dtype = loaded.dtype
         self.num_kv_blocks = loaded.num_blocks
         self._runner = loaded.runner
+        self._lengths = LengthEstimator()
+        self._costs = CostModel(get_machine("cpu"), shape_of(model.config, loaded.dtype))
         self._scheduler = self._new_scheduler()
         self.load_seconds = time.perf_counter() - started
         self.metrics = Metrics()
@@ -204,7 +210,7 @@ class LLM:
         if progress:
             progress.finish_rows(len(outputs))
         started = time.perf_counter()
-        plan = plan_requests(requests, policy=self.config.policy, sharing=self.config.sharing)
+        plan = self._plan(requests)
         planned = time.perf_counter()
         outputs += self._run(plan, progress)
         self.metrics.plan_seconds += planned - started
@@ -212,13 +218,27 @@ class LLM:
         self.metrics.windows += 1
         return sorted(outputs, key=lambda o: o.row_index)
 
-    def _new_scheduler(self) -> Scheduler:
-        return Scheduler(
-            BlockPool(self.num_kv_blocks, self.config.block_size),
+    def _plan(self, requests: Sequence[Request]) -> PrefixPlan:
+        policy, sharing = self.config.policy, self.config.sharing
+        if policy != AUTO:
+            return plan_requests(requests, policy=policy, sharing=sharing)
+        plan = plan_requests(requests, policy="dfs", sharing=sharing)
+        outputs = self._lengths.expected(plan)
+        best = choose_policy(plan, outputs, self._limits, self._costs)
+        return reorder(plan, best, outputs)
+
+    def _new_scheduler(self) -> StepScheduler:
+        eos = frozenset(self.tokenizer.eos_token_ids)
+        return make_scheduler(self.config.policy, self._limits, eos, self._lengths)
+
+    @property
+    def _limits(self) -> SchedulerLimits:
+        return SchedulerLimits(
+            num_blocks=self.num_kv_blocks,
+            block_size=self.config.block_size,
             max_model_len=self.max_model_len,
             max_num_batched_tokens=self.config.max_num_batched_tokens,
             max_num_seqs=self.config.max_num_seqs,
-            eos_token_ids=frozenset(self.tokenizer.eos_token_ids),
         )
 
     def _run(self, plan: PrefixPlan, progress: Progress | None) -> list[RequestOutput]:
@@ -227,7 +247,7 @@ class LLM:
         if progress:
             progress.start_window(plan)
         before = replace(self._scheduler.stats)
-        finished: list[RunState] = []
+        finished: list[FinishedSequence] = []
         try:
             for sequence in Engine(self._scheduler, self._runner, on_step=on_step).run(plan):
                 finished.append(sequence)
@@ -240,26 +260,25 @@ class LLM:
         self._count(plan, finished, outputs, self._scheduler.stats.since(before))
         return outputs
 
-    def _outputs(self, plan: PrefixPlan, finished: list[RunState]) -> list[RequestOutput]:
+    def _outputs(self, plan: PrefixPlan, finished: list[FinishedSequence]) -> list[RequestOutput]:
         """One output a row; the duplicates of a leaf all get its answer."""
-        tokens = [np.array(s.output_token_ids, dtype=np.int32) for s in finished]
-        texts = self.tokenizer.decode_batch(tokens)
+        texts = self.tokenizer.decode_batch([s.output_token_ids for s in finished])
         outputs = []
         tree = plan.tree
-        for sequence, ids, text in zip(finished, tokens, texts, strict=True):
+        for sequence, text in zip(finished, texts, strict=True):
             error = None
             if sequence.finish_reason == "error":
-                error = RowError("kv_memory", self._does_not_fit(sequence))
+                error = RowError("kv_memory", self._does_not_fit(sequence.leaf))
             begin, end = tree.row_offsets[sequence.leaf : sequence.leaf + 2].tolist()
-            length = sequence.num_prompt_tokens
+            length = int(tree.leaf_length[sequence.leaf])
             for index, row in enumerate(tree.rows[begin:end].tolist()):
                 fresh = sequence.num_fresh_prompt_tokens if index == 0 else 0
                 outputs.append(
                     RequestOutput(
-                        row_index=plan.requests[row].row_index,
+                        row_index=int(plan.row_index[row]),
                         text=None if error else text,
-                        output_token_ids=ids,
-                        finish_reason=sequence.finish_reason or "error",
+                        output_token_ids=sequence.output_token_ids,
+                        finish_reason=sequence.finish_reason,
                         prompt_tokens=length,
                         cached_tokens=0 if error else length - fresh,
                         error=error,
@@ -267,9 +286,9 @@ class LLM:
                 )
         return outputs
 
-    def _does_not_fit(self, sequence: RunState) -> str:
+    def _does_not_fit(self, leaf: int) -> str:
         size = self.config.block_size
-        needed = self._scheduler.blocks_alone(sequence)
+        needed = self._scheduler.blocks_alone(leaf)
         return (
             f"prompt and answer may need {needed * size:,} tokens of KV memory, there are "
             f"{self.num_kv_blocks * size:,}; give more with --kv-memory or lower --max-tokens"
@@ -278,7 +297,7 @@ class LLM:
     def _count(
         self,
         plan: PrefixPlan,
-        finished: list[RunState],
+        finished: list[FinishedSequence],
         outputs: list[RequestOutput],
         stats: SchedulerStats,
     ) -> None:
@@ -294,7 +313,7 @@ class LLM:
         metrics.computed_output_tokens += sum(len(s.output_token_ids) for s in finished)
         metrics.steps += stats.steps
         metrics.preemptions += stats.preemptions
-        metrics.peak_kv_blocks = max(metrics.peak_kv_blocks, self._scheduler.pool.peak_used)
+        metrics.peak_kv_blocks = max(metrics.peak_kv_blocks, self._scheduler.peak_kv_blocks)
 
     def _generate_list(
         self,

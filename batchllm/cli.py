@@ -26,6 +26,7 @@ models_app = typer.Typer(help="Models that are known by name: list them, pull th
 app.add_typer(models_app, name="models")
 
 _PROMPT, _SAMPLING, _ENGINE = "Prompt (exactly one source)", "Sampling", "Engine"
+_SIMULATION = "Simulation"
 Input = Annotated[
     str, typer.Argument(metavar="INPUT", help="A Parquet file, a directory of them, or a glob.")
 ]
@@ -104,8 +105,13 @@ def run(
         str, typer.Option(help="auto, bfloat16 or float32.", rich_help_panel=_ENGINE)
     ] = "auto",
     policy: Annotated[
-        str, typer.Option(help="Order: ratio, dfs or table-order.", rich_help_panel=_ENGINE)
-    ] = "ratio",
+        str,
+        typer.Option(
+            help="Order: auto, ratio, dfs, dual-scan, table-order; or streaming, "
+            "which plans nothing (to compare with).",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = "auto",
     sharing: Annotated[
         bool,
         typer.Option(
@@ -216,17 +222,51 @@ def plan(
     system: System = None,
     chat: Chat = None,
     max_tokens_column: MaxTokensColumn = None,
+    max_tokens: Annotated[
+        int, typer.Option(help="How long an answer is, in tokens.", rich_help_panel=_SIMULATION)
+    ] = 256,
     window_rows: WindowRows = 65_536,
     limit: Limit = None,
+    simulate: Annotated[
+        bool,
+        typer.Option(
+            "--simulate", help="Estimate the time under each policy.", rich_help_panel=_SIMULATION
+        ),
+    ] = False,
+    machine: Annotated[
+        str, typer.Option(help="cpu, a100, h100 or h200.", rich_help_panel=_SIMULATION)
+    ] = "cpu",
+    model_shape: Annotated[
+        str | None,
+        typer.Option(
+            help="Sizes of another model, like llama-3.1-8b. [default: --model's]",
+            rich_help_panel=_SIMULATION,
+        ),
+    ] = None,
+    kv_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="KV cache size, like 4GiB. [default: what the machine has]",
+            rich_help_panel=_SIMULATION,
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show what prompts INPUT's rows share. Needs the model's tokenizer, not its weights."""
+    """Show what prompts INPUT's rows share. Needs the model's tokenizer, not its weights.
+
+    With --simulate also how long a run would take on a machine, under each policy, if every answer
+    had --max-tokens tokens (or what --max-tokens-column says).
+    """
     with _errors_as_exit_codes("interrupted"):
         from batchllm.io.parquet import ParquetInput
         from batchllm.io.ranges import pending
         from batchllm.models.checkpoint import open_checkpoint
         from batchllm.models.locate import resolve
+        from batchllm.config import parse_size
         from batchllm.report.plan import report_plan
+        from batchllm.report.simulation import TableSimulation
+        from batchllm.simulate.machine import get_machine
+        from batchllm.simulate.shape import get_shape, shape_of
         from batchllm.text.prompts import PromptBuilder, PromptSpec
 
         spec = PromptSpec(
@@ -238,7 +278,7 @@ def plan(
             chat=chat,
             max_tokens_column=max_tokens_column,
         )
-        _at_least_one(window_rows=window_rows, limit=limit)
+        _at_least_one(window_rows=window_rows, limit=limit, max_tokens=max_tokens)
         source = ParquetInput(input)
         spec.check(source.schema)
         checkpoint = open_checkpoint(resolve(model))
@@ -251,8 +291,23 @@ def plan(
         )
         ranges = pending(min(source.num_rows, limit or source.num_rows), [], window_rows)
         tables = (window.table for window in source.windows(ranges))
-        report = report_plan(tables, builder, tokenizer)
-        typer.echo(json.dumps(report.as_dict(), indent=2) if as_json else report.as_text())
+        if not simulate:
+            report = report_plan(tables, builder, tokenizer, max_tokens=max_tokens)
+            typer.echo(json.dumps(report.as_dict(), indent=2) if as_json else report.as_text())
+            return
+        shape = shape_of(checkpoint.config, "bfloat16")
+        if model_shape is not None:
+            shape = get_shape(model_shape)
+        room = None if kv_memory is None else int(parse_size(kv_memory) / shape.kv_bytes_per_token)
+        simulation = TableSimulation(get_machine(machine), shape, kv_tokens=room)
+        report = report_plan(
+            tables, builder, tokenizer, max_tokens=max_tokens, also=simulation.add
+        )
+        if as_json:
+            both = report.as_dict() | {"simulation": simulation.report.as_dict()}
+            typer.echo(json.dumps(both, indent=2))
+        else:
+            typer.echo(f"{report.as_text()}\n\n{simulation.report.as_text()}")
 
 
 @app.command()

@@ -24,7 +24,7 @@ class EngineConfig:
     """
 
     dtype: str = "auto"
-    policy: str = "ratio"
+    policy: str = "auto"
     sharing: bool = True
     attention_backend: str = "auto"
     kv_memory: int | None = None

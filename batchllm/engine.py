@@ -4,15 +4,15 @@ from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from batchllm.prefix.plan import PrefixPlan
-from batchllm.scheduler.scheduler import Scheduler
-from batchllm.scheduler.state import Batch, Sequence, StepOutput
+from batchllm.scheduler.base import StepScheduler
+from batchllm.scheduler.batch import Batch, FinishedSequence, StepOutput
 
 
 class Runner(Protocol):
     """Runs one step and samples."""
 
     def execute(self, batch: Batch) -> StepOutput:
-        """Compute the batch's tokens; return one token for each chunk that samples."""
+        """Compute the batch's tokens; return one token for each of its samples."""
         ...
 
 
@@ -21,7 +21,7 @@ class Engine:
 
     def __init__(
         self,
-        scheduler: Scheduler,
+        scheduler: StepScheduler,
         runner: Runner,
         *,
         on_step: Callable[[Batch], None] = lambda batch: None,
@@ -30,13 +30,13 @@ class Engine:
         self.runner = runner
         self.on_step = on_step
 
-    def run(self, plan: PrefixPlan) -> Iterator[Sequence]:
+    def run(self, plan: PrefixPlan) -> Iterator[FinishedSequence]:
         """Yield each of the plan's sequences when it is finished, in the order of finishing."""
-        yield from (s for s in self.scheduler.add(plan) if s.finish_reason is not None)
+        yield from self.scheduler.add(plan)
         while self.scheduler.has_unfinished:
             yield from self.step()
 
-    def step(self) -> list[Sequence]:
+    def step(self) -> list[FinishedSequence]:
         """One forward pass; returns the sequences it finished."""
         batch = self.scheduler.schedule()
         output = self.runner.execute(batch)

@@ -5,7 +5,7 @@ import time
 from typing import TextIO
 
 from batchllm.prefix.plan import PrefixPlan
-from batchllm.scheduler.state import Batch
+from batchllm.scheduler.batch import Batch
 
 _EVERY_SECONDS = 5.0
 _LIVE_SECONDS = 0.2
@@ -44,7 +44,7 @@ class Progress:
 
     def on_step(self, batch: Batch) -> None:
         """Count a step, and show something if it is time."""
-        self._tokens += batch.num_tokens
+        self._tokens += batch.num_tokens * batch.num_steps
         self._show()
 
     def finish_rows(self, count: int) -> None:

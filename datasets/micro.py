@@ -22,9 +22,9 @@ SCHEMA = pa.schema(
     [
         pa.field("token_ids", pa.list_(pa.int32()), nullable=False),
         pa.field("max_tokens", pa.int32(), nullable=False),
-        pa.field("group", pa.int32(), nullable=False),
     ]
 )
+GROUP = pa.field("group", pa.int32(), nullable=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,10 +79,17 @@ def build(shape: MicroShape) -> pa.Table:
     order = rng.permutation(rows)
     group = np.repeat(np.arange(shape.groups, dtype=np.int32), shape.members)[order]
     tokens = np.concatenate([prefixes[group], endings[order]], axis=1)
-    offsets = np.arange(rows + 1, dtype=np.int32) * tokens.shape[1]
-    token_ids = pa.ListArray.from_arrays(pa.array(offsets), pa.array(tokens.reshape(-1)))
-    columns = [token_ids, pa.array(outputs[order].astype(np.int32)), pa.array(group)]
-    return pa.Table.from_arrays(columns, schema=SCHEMA)
+    table = token_table(tokens.reshape(-1), np.full(rows, tokens.shape[1]), outputs[order])
+    return table.append_column(GROUP, pa.array(group))
+
+
+def token_table(
+    tokens: NDArray[np.int32], lengths: NDArray[np.int64], outputs: NDArray[np.int64]
+) -> pa.Table:
+    """A table of prompts: `tokens` cut into `lengths`, and how long the answers are."""
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    token_ids = pa.ListArray.from_arrays(pa.array(offsets), pa.array(tokens))
+    return pa.Table.from_arrays([token_ids, pa.array(outputs.astype(np.int32))], schema=SCHEMA)
 
 
 def count_distinct_prefixes(rows: list[NDArray[np.int32]]) -> int:

@@ -1,6 +1,11 @@
 """The pool of KV blocks."""
 
+import numpy as np
+from numpy.typing import NDArray
+
 from batchllm.errors import UsageError
+
+BlockIds = NDArray[np.int32]
 
 
 class BlockPool:
@@ -8,8 +13,7 @@ class BlockPool:
 
     Every block has exactly one owner, a tree node or a sequence, so there are no reference counts:
     who shares a block holds its owner. Freed blocks are handed out again last-in first-out, while
-    they are still in the caches. The pool never evicts; when it is empty, `allocate` says so and
-    the scheduler decides.
+    they are still in the caches. The pool never evicts; when it is empty, the scheduler decides.
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
@@ -18,36 +22,35 @@ class BlockPool:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.peak_used = 0
-        self._free = list(range(num_blocks - 1, -1, -1))
+        self._stack = np.arange(num_blocks - 1, -1, -1, dtype=np.int32)
+        self._num_free = num_blocks
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        return self._num_free
 
     @property
     def num_used(self) -> int:
-        return self.num_blocks - len(self._free)
+        return self.num_blocks - self._num_free
 
-    def blocks_for(self, num_tokens: int) -> int:
-        """Blocks that `num_tokens` of one owner occupy, the last one perhaps part-filled."""
-        return -(-num_tokens // self.block_size)
-
-    def allocate(self, count: int) -> list[int]:
+    def allocate(self, count: int) -> BlockIds:
         """Take `count` blocks; the caller has checked `num_free`."""
-        assert 0 <= count <= len(self._free), f"{count} blocks asked, {len(self._free)} free"
-        if count == 0:
-            return []
-        taken = self._free[-count:][::-1]
-        del self._free[-count:]
+        assert 0 <= count <= self._num_free, f"{count} blocks asked, {self._num_free} free"
+        left = self._num_free - count
+        taken = self._stack[left : self._num_free][::-1].copy()
+        self._num_free = left
         self.peak_used = max(self.peak_used, self.num_used)
         return taken
 
-    def free(self, block_ids: list[int]) -> None:
+    def free(self, block_ids: BlockIds) -> None:
         """Give blocks back."""
-        self._free.extend(reversed(block_ids))
-        assert len(self._free) <= self.num_blocks, "a block was freed twice"
+        end = self._num_free + len(block_ids)
+        assert end <= self.num_blocks, "a block was freed twice"
+        self._stack[self._num_free : end] = block_ids[::-1]
+        self._num_free = end
 
-    def check(self, held: list[int]) -> None:
+    def check(self, held: BlockIds) -> None:
         """Assert that every block is either free or in `held`, once (for tests)."""
-        everything = sorted([*self._free, *held])
-        assert everything == list(range(self.num_blocks)), "a block is lost or held twice"
+        everything = np.sort(np.concatenate([self._stack[: self._num_free], held]))
+        whole = np.arange(self.num_blocks)
+        assert np.array_equal(everything, whole), "a block is lost or held twice"

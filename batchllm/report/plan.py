@@ -1,6 +1,6 @@
 """What sharing a table has, found without loading a model's weights."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -9,6 +9,8 @@ import pyarrow as pa
 
 from batchllm.prefix.plan import PrefixGroup, biggest_groups
 from batchllm.prefix.tree import build_tree
+from batchllm.report.prompts import Prompts
+from batchllm.request import RaggedTokens
 from batchllm.text.prompts import PromptBuilder
 from batchllm.text.tokenizer import Tokenizer
 
@@ -76,35 +78,59 @@ class PlanReport:
         return "\n".join(lines)
 
 
-def report_plan(
-    tables: Iterable[pa.Table], builder: PromptBuilder, tokenizer: Tokenizer, *, top: int = 5
-) -> PlanReport:
-    """Plan each window's table as a greedy run would, and add the windows up."""
-    report = PlanReport()
+def read_prompts(
+    tables: Iterable[pa.Table], builder: PromptBuilder, max_tokens: int, report: PlanReport
+) -> Iterator[Prompts]:
+    """Make each window's prompts, counting its rows and its bad ones in `report`.
+
+    `max_tokens` is how long an answer is where no column says.
+    """
     for table in tables:
         batch = builder.build(table)
-        good = np.flatnonzero(batch.tokens.lengths)
         report.rows += table.num_rows
         report.windows += 1
         for error in batch.errors.values():
             report.errors[error.code] = report.errors.get(error.code, 0) + 1
+        good = np.flatnonzero(batch.tokens.lengths)
         if len(good) == 0:
             continue
-        tokens = type(batch.tokens).from_sequences([batch.tokens[row] for row in good.tolist()])
-        keys = np.zeros(len(good), np.int64)
+        tokens = RaggedTokens.from_sequences([batch.tokens[row] for row in good.tolist()])
+        outputs = np.full(len(good), max_tokens, dtype=np.int64)
         if batch.max_tokens is not None:
-            keys = batch.max_tokens[good].astype(np.int64)
-        tree = build_tree(tokens, keys)
-        report.duplicate_rows += tree.num_rows - tree.num_leaves
-        report.prompt_tokens += int(tokens.lengths.sum())
-        report.computed_tokens += tree.num_tokens
-        report.distinct_prefixes += tree.num_distinct_prefixes
-        report.longest_prompt = max(report.longest_prompt, int(tokens.lengths.max()))
-        report.prefixes += [
-            _show(group, tokens[group.example_row], tokenizer)
-            for group in biggest_groups(tree, top)
-        ]
+            outputs = batch.max_tokens[good].astype(np.int64)
+        yield Prompts(tokens, outputs)
+
+
+def add_window(
+    report: PlanReport, prompts: Prompts, tokenizer: Tokenizer, *, top: int = 5
+) -> None:
+    """Plan a window as a greedy run would, and add it up."""
+    tree = build_tree(prompts.tokens, prompts.output_tokens)
+    report.duplicate_rows += tree.num_rows - tree.num_leaves
+    report.prompt_tokens += int(prompts.tokens.lengths.sum())
+    report.computed_tokens += tree.num_tokens
+    report.distinct_prefixes += tree.num_distinct_prefixes
+    report.longest_prompt = max(report.longest_prompt, int(prompts.tokens.lengths.max()))
+    report.prefixes += [
+        _show(group, prompts.tokens[group.example_row], tokenizer)
+        for group in biggest_groups(tree, top)
+    ]
     report.prefixes = sorted(report.prefixes, key=lambda p: -p.saved_tokens)[:top]
+
+
+def report_plan(
+    tables: Iterable[pa.Table],
+    builder: PromptBuilder,
+    tokenizer: Tokenizer,
+    *,
+    max_tokens: int = 256,
+    also: Callable[[Prompts], None] = lambda prompts: None,
+) -> PlanReport:
+    """Plan each window's table and add the windows up; `also` sees each window's prompts."""
+    report = PlanReport()
+    for prompts in read_prompts(tables, builder, max_tokens, report):
+        add_window(report, prompts, tokenizer)
+        also(prompts)
     return report
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from batchllm.runner.model_input import ModelInput, build_model_input
-from batchllm.scheduler.state import Batch, StepOutput
+from batchllm.scheduler.batch import Batch, StepOutput
 
 _EMPTY = -1
 
@@ -29,7 +29,8 @@ class FakeRunner:
         assert len(np.unique(step.slots)) == len(step.slots), "two tokens written to one slot"
         self._slots[step.slots] = step.token_ids
         self.num_computed_tokens += len(step.token_ids)
-        return StepOutput([self._next_token(step, row) for row in step.sample_rows.tolist()])
+        tokens = [self._next_token(step, row) for row in step.sample_rows.tolist()]
+        return StepOutput(np.array(tokens, dtype=np.int32))
 
     def _next_token(self, step: ModelInput, row: int) -> int:
         context = self.context(step, row)

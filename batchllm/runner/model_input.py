@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchllm.request import TokenIds
-from batchllm.scheduler.state import Batch, Chunk, Node, Sample
+from batchllm.scheduler.batch import Batch, Samples
 
 Ints = NDArray[np.int64]
 
@@ -56,68 +56,39 @@ class ModelInput:
     slots: Ints
     items: AttentionItems
     sample_rows: Ints
-    samples: list[Sample]
+    samples: Samples
 
 
 def build_model_input(batch: Batch, block_size: int) -> ModelInput:
     """Lay a batch out flat. Its chunks are in depth-first order."""
     chunks = batch.chunks
-    counts = np.array([len(c.token_ids) for c in chunks], dtype=np.int64)
-    ends = np.cumsum(counts)
-    begins = ends - counts
-    token_ids = np.concatenate([np.asarray(c.token_ids, dtype=np.int32) for c in chunks])
-    within = np.arange(batch.num_tokens) - np.repeat(begins, counts)
-    offsets = np.array([c.offset for c in chunks], dtype=np.int64)
-    starts = np.array([c.start for c in chunks], dtype=np.int64)
+    ends = np.cumsum(chunks.count)
+    chunk = np.repeat(np.arange(len(chunks)), chunks.count)
+    within = np.arange(batch.num_tokens) - (ends - chunks.count)[chunk]
+    place = within + chunks.offset[chunk]
+    blocks = batch.tables[chunk, place // block_size].astype(np.int64)
     return ModelInput(
-        token_ids=token_ids,
-        positions=within + np.repeat(starts, counts),
-        slots=_slots(chunks, within + np.repeat(offsets, counts), counts, block_size),
-        items=_attention_items(chunks, begins.tolist(), ends.tolist()),
-        sample_rows=ends[[c.sample is not None for c in chunks]] - 1,
-        samples=[c.sample for c in chunks if c.sample is not None],
+        token_ids=batch.token_ids,
+        positions=within + chunks.start[chunk],
+        slots=blocks * block_size + place % block_size,
+        items=_attention_items(batch, ends, block_size),
+        sample_rows=ends[batch.samples.chunk] - 1,
+        samples=batch.samples,
     )
 
 
-def _slots(chunks: list[Chunk], places: Ints, counts: Ints, block_size: int) -> Ints:
-    """Slot of every token, given its place in its segment."""
-    table_sizes = np.array([len(c.block_ids) for c in chunks], dtype=np.int64)
-    tables = np.array([b for c in chunks for b in c.block_ids], dtype=np.int64)
-    table_begin = np.repeat(np.cumsum(table_sizes) - table_sizes, counts)
-    return tables[table_begin + places // block_size] * block_size + places % block_size
-
-
-def _attention_items(chunks: list[Chunk], begins: list[int], ends: list[int]) -> AttentionItems:
-    """One item a chunk for its own segment, and one a shared node for all its members' queries."""
-    items: list[tuple[int, int, int, int, bool]] = []
-    tables: list[list[int]] = []
-    open_nodes: list[tuple[Node, int]] = []  # the path of the last chunk, with its first query
-
-    def close(keep: int, query_end: int) -> None:
-        for node, query_begin in open_nodes[keep:]:
-            items.append((query_begin, query_end, node.segment.start, node.num_tokens, False))
-            tables.append(node.segment.block_ids)
-        del open_nodes[keep:]
-
-    for chunk, begin, end in zip(chunks, begins, ends, strict=True):
-        common = 0
-        for node, (other, _) in zip(chunk.path, open_nodes, strict=False):
-            if node is not other:
-                break
-            common += 1
-        close(common, begin)
-        open_nodes.extend((node, begin) for node in chunk.path[common:])
-        items.append((begin, end, chunk.start - chunk.offset, chunk.offset + end - begin, True))
-        tables.append(chunk.block_ids)
-    close(0, ends[-1])
-    columns = np.array(items, dtype=np.int64).T
-    sizes = np.array([len(t) for t in tables], dtype=np.int64)
+def _attention_items(batch: Batch, ends: Ints, block_size: int) -> AttentionItems:
+    """One item a chunk for its own segment, and one a shared segment for all its readers."""
+    chunks, shared = batch.chunks, batch.shared
+    kv_len = np.concatenate([chunks.offset + chunks.count, shared.length])
+    num_blocks = -(-kv_len // block_size)
+    in_table = np.arange(batch.tables.shape[1]) < num_blocks[:, None]
     return AttentionItems(
-        query_begin=columns[0],
-        query_end=columns[1],
-        kv_start=columns[2],
-        kv_len=columns[3],
-        own=columns[4].astype(np.bool_),
-        block_offsets=np.concatenate([[0], np.cumsum(sizes)]),
-        block_ids=np.array([b for t in tables for b in t], dtype=np.int64),
+        query_begin=np.concatenate([ends - chunks.count, (ends - chunks.count)[shared.chunk_begin]]),
+        query_end=np.concatenate([ends, ends[shared.chunk_end - 1]]),
+        kv_start=np.concatenate([chunks.start - chunks.offset, shared.start]),
+        kv_len=kv_len,
+        own=np.arange(len(kv_len)) < len(chunks),
+        block_offsets=np.concatenate([[0], np.cumsum(num_blocks)]),
+        block_ids=batch.tables[in_table].astype(np.int64),
     )

@@ -7,7 +7,7 @@ from batchllm.models.registry import Model
 from batchllm.runner.kv_cache import KVCache
 from batchllm.runner.model_input import ModelInput, build_model_input
 from batchllm.sampling.sampler import sample_tokens
-from batchllm.scheduler.state import Batch, StepOutput
+from batchllm.scheduler.batch import Batch, StepOutput
 
 
 class TorchRunner:

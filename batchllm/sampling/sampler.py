@@ -4,36 +4,45 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from batchllm.request import SamplingParams, TokenIds
 from batchllm.sampling.random import uniform
-from batchllm.scheduler.state import Sample
+from batchllm.scheduler.batch import Samples
 
 _FIRST_LOOK = 1024  # candidates sorted before the whole vocabulary is
 
 
-def sample_tokens(logits: torch.Tensor, samples: list[Sample]) -> list[int]:
-    """One token for each row of `logits` [num_samples, vocab_size].
+def sample_tokens(logits: torch.Tensor, samples: Samples) -> TokenIds:
+    """One token for each row of `logits` [num_samples, vocab_size], int32 [num_samples].
 
     Greedy rows take the first largest logit. The others are filtered as Hugging Face and vLLM do,
     temperature, then top-k, then top-p, and drawn by inverting the cumulative distribution at one
     uniform number that depends on the row's seed, its index and the output position alone.
     """
-    tokens = logits.argmax(dim=-1)
-    drawn = [i for i, s in enumerate(samples) if not s.sampling_params.greedy]
-    if drawn:
-        rows = torch.tensor(drawn)
-        tokens[rows] = _draw(logits[rows].float(), [samples[i] for i in drawn])
-    return [int(t) for t in tokens.tolist()]
+    tokens: TokenIds = logits.argmax(dim=-1).numpy().astype(np.int32)
+    used, which = np.unique(samples.params_index, return_inverse=True)
+    params = [samples.params[i] for i in used]
+    drawn = np.flatnonzero(~np.array([p.greedy for p in params], dtype=np.bool_)[which])
+    if len(drawn):
+        each = [params[i] for i in which[drawn]]
+        numbers = uniform(
+            np.array([p.seed for p in each], dtype=np.int64),
+            samples.row_index[drawn],
+            samples.output_position[drawn],
+        )
+        tokens[drawn] = _draw(logits[torch.from_numpy(drawn)].float(), each, numbers).numpy()
+    return tokens
 
 
-def _draw(logits: torch.Tensor, samples: list[Sample]) -> torch.Tensor:
-    params = [s.sampling_params for s in samples]
+def _draw(
+    logits: torch.Tensor, params: list[SamplingParams], draws: NDArray[np.float64]
+) -> torch.Tensor:
     vocab_size = logits.shape[-1]
     logits = logits / torch.tensor([p.temperature for p in params])[:, None]
     top_k = torch.tensor([min(p.top_k, vocab_size) or vocab_size for p in params])
     top_p = torch.tensor([p.top_p for p in params])
-    numbers = torch.from_numpy(_numbers(samples))
+    numbers = torch.from_numpy(draws)
     filtered = (top_k < vocab_size) | (top_p < 1)
-    tokens = torch.empty(len(samples), dtype=torch.int64)
+    tokens = torch.empty(len(params), dtype=torch.int64)
     for rows in ((~filtered).nonzero().squeeze(1), filtered.nonzero().squeeze(1)):
         if len(rows) == 0:
             continue
@@ -74,11 +83,3 @@ def _invert(weights: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     wanted = numbers[:, None] * running[:, -1:]
     index = torch.searchsorted(running, wanted, right=True).squeeze(-1)
     return index.clamp(max=weights.shape[-1] - 1)
-
-
-def _numbers(samples: list[Sample]) -> NDArray[np.float64]:
-    return uniform(
-        np.array([s.sampling_params.seed for s in samples], dtype=np.int64),
-        np.array([s.row_index for s in samples], dtype=np.int64),
-        np.array([s.output_position for s in samples], dtype=np.int64),
-    )

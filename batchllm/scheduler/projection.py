@@ -1,68 +1,166 @@
-"""How many KV blocks a set of sequences will need at its worst moment."""
-
-from dataclasses import dataclass
+"""KV memory, projected to the end of every sequence that is admitted."""
 
 import numpy as np
 from numpy.typing import NDArray
 
+from batchllm.scheduler.state import NOBODY, ChildCount, Segments
+from batchllm.scheduler.timeline import Events, Timeline, sequence_events
+
 Ints = NDArray[np.int64]
+_ABSENT, _FOREVER, _UNTIL = 0, 1, 2
+_NEVER = -1
 
 
-def first_sample_steps(prefill: Ints, remaining: Ints, budget: int) -> Ints:
-    """Steps that pass before each sequence's first sample, [num_sequences].
-
-    `prefill` are the tokens each sequence, in order of admission, still has to compute before it
-    decodes (0 if it does already); a step takes all decodes and fills up to `budget` tokens with
-    prefill in that order. What is admitted later cannot delay any of this.
-    """
-    start = np.zeros(len(prefill), dtype=np.int64)
-    finish = np.where(prefill == 0, remaining, 0)  # the last step each decodes in, 0: not yet known
-    queue = np.flatnonzero(prefill)
-    due = np.cumsum(prefill[queue])
-    done, filled, step = 0, 0, 1
-    while done < len(queue):
-        decodes = int(((finish >= step) & (start < step)).sum())
-        if decodes >= budget:  # no room before the next one finishes
-            step = int(finish[finish >= step].min()) + 1
-            continue
-        filled += budget - decodes
-        ready = int(np.searchsorted(due, filled, side="right"))
-        now = queue[done:ready]
-        start[now] = step - 1
-        finish[now] = step - 1 + remaining[now]
-        done, step = ready, step + 1
-    return start
-
-
-@dataclass(frozen=True, slots=True)
 class Projection:
-    """What is known or expected of the admitted sequences; one entry a sequence, or a node.
+    """The blocks that admitted sequences, and the nodes above them, will hold in every coming step.
 
-    A sequence holds `private_tokens` of its own for `start` steps; in the step after those its
-    first expected token is sampled; from then on it holds one token more every step, until it has
-    sampled `remaining` (>= 1) and frees everything. A node's `node_blocks` are held through step
-    `node_until`: the finish of some sequence, or later than all.
+    A sequence grows by a token a step until it is expected to finish. A node is held until the last
+    sequence below it finishes; while one of those still waits, nobody knows when that is, and
+    the node counts in every step to come. Exact where the lengths are known, but that a prompt and
+    its nodes count whole from admission on though they may still be filling.
+
+    Steps are absolute; `now` is the one to be scheduled next.
     """
 
-    private_tokens: Ints
-    start: Ints
-    remaining: Ints
-    node_blocks: Ints
-    node_until: Ints
+    def __init__(self, segments: Segments, block_size: int) -> None:
+        self._segments = segments
+        self._block_size = block_size
+        self._timeline = Timeline()
+        self._forever = 0
+        # Of sequences: first step in which one samples, expected last, tokens held at first.
+        self.start: Ints = np.full(segments.count, _NEVER, dtype=np.int64)
+        self.finish: Ints = np.full(segments.count, _NEVER, dtype=np.int64)  # of nodes: the latest
+        self._private: Ints = np.zeros(segments.count, dtype=np.int64)
+        self._node = np.full(segments.count, _ABSENT, dtype=np.int8)
+        self._blocks: Ints = -(-segments.length // block_size)
+        self._waiting = ChildCount(segments.parent, segments.of_leaf)
 
-    def peak_blocks(self, block_size: int) -> int:
-        """Most blocks held in any one step from now on.
+    @property
+    def now(self) -> int:
+        return self._timeline.now
 
-        Between two finishes nothing is freed and everything grows, so the peak lies in a step in
-        which some sequence finishes: only those are looked at. Exact where `remaining` and `start`
-        are; a prompt is counted whole from now on though it may still be filling.
+    def advance(self, num_steps: int) -> None:
+        """Let steps pass."""
+        self._timeline.advance(num_steps)
+
+    def peak_blocks(self) -> int:
+        """Most blocks held in any one step from now on."""
+        return self._timeline.peak() + self._forever
+
+    def peak_with(self, sequences: Ints, start: Ints, finish: Ints, nodes: Ints) -> int:
+        """The peak if `sequences` were admitted, together with `nodes` that they alone need.
+
+        Nodes count forever here, also where no other sequence below them waits.
         """
-        if len(self.private_tokens) == 0:
-            return int(self.node_blocks.sum())
-        finish = self.start + self.remaining
-        moments = np.unique(finish)
-        grown = np.clip(moments[:, None] - self.start - 1, 0, self.remaining - 1)
-        blocks = -(-(self.private_tokens + grown) // block_size)
-        held = np.where(finish >= moments[:, None], blocks, 0).sum(axis=1)
-        shared = np.where(self.node_until >= moments[:, None], self.node_blocks, 0).sum(axis=1)
-        return int((held + shared).max())
+        private = self._tokens(sequences)
+        events = sequence_events(private, start, finish, self._block_size)
+        blocks = int((-(-private // self._block_size)).sum() + self._blocks[nodes].sum())
+        return self._timeline.peak(events, blocks) + self._forever
+
+    def admit(self, sequences: Ints, start: Ints, finish: Ints, nodes: Ints) -> None:
+        """Count `sequences`, and `nodes` that no admitted sequence needed before."""
+        self._node[nodes] = _FOREVER
+        self._forever += int(self._blocks[nodes].sum())
+        self._hold(sequences, start, finish)
+        known = self._waiting.remove(sequences)
+        known = known[self._node[known] == _FOREVER]
+        self._node[known] = _UNTIL
+        self._forever -= int(self._blocks[known].sum())
+        self._hold_nodes(known, self._blocks[known])
+
+    def revise(self, sequences: Ints, start: Ints, finish: Ints) -> None:
+        """Expect something else of admitted sequences, from what they hold now."""
+        self._let_go(sequences)
+        self._hold(sequences, start, finish)
+
+    def remove(self, sequences: Ints) -> None:
+        """Sequences are through and hold nothing any more."""
+        self._let_go(sequences)
+
+    def preempt(self, sequences: Ints) -> None:
+        """Sequences hold nothing any more and wait again."""
+        self._let_go(sequences)
+        unknown = self._waiting.add(sequences)
+        unknown = unknown[self._node[unknown] == _UNTIL]
+        self._hold_nodes(unknown, -self._blocks[unknown])
+        self._node[unknown] = _FOREVER
+        self._forever += int(self._blocks[unknown].sum())
+
+    def drop_nodes(self, nodes: Ints) -> None:
+        """No admitted sequence needs the nodes any more."""
+        self._forever -= int(self._blocks[nodes[self._node[nodes] == _FOREVER]].sum())
+        until = nodes[self._node[nodes] == _UNTIL]
+        self._hold_nodes(until, -self._blocks[until])
+        self._node[nodes] = _ABSENT
+        self.finish[nodes] = _NEVER
+
+    def give_up(self, sequences: Ints) -> None:
+        """Sequences will never be admitted."""
+        self._waiting.remove(sequences)
+
+    def check(self, sequences: Ints, nodes: Ints) -> None:
+        """Assert that what is projected is what these admitted segments add up to (for tests)."""
+        assert np.array_equal(np.flatnonzero(self._node), nodes)
+        last = self.finish[sequences].max(initial=self.now)
+        size = self._block_size
+        for step in range(self.now, int(last) + 2):
+            held = self._forever
+            for s in sequences[self.finish[sequences] >= step].tolist():
+                grown = max(0, step - int(self.start[s]))
+                held += -(-(int(self._private[s]) + grown) // size)
+            until = (self._node == _UNTIL) & (self.finish >= step)
+            held += int(self._blocks[until].sum())
+            assert self._timeline.held_in(step) + self._forever == held, f"step {step}"
+
+    def _tokens(self, sequences: Ints) -> Ints:
+        return self._segments.length[sequences] + self._segments.num_outputs[sequences]
+
+    def _hold(self, sequences: Ints, start: Ints, finish: Ints) -> None:
+        self._private[sequences] = self._tokens(sequences)
+        self.start[sequences] = start
+        self.finish[sequences] = finish
+        self._apply(self._events(sequences), 1)
+        self._raise(sequences)
+
+    def _let_go(self, sequences: Ints) -> None:
+        sequences = sequences[self.finish[sequences] >= self.now]  # the others are through anyway
+        if len(sequences):
+            self._apply(self._events(sequences), -1)
+
+    def _events(self, sequences: Ints) -> Events:
+        private = self._private[sequences]
+        later = sequence_events(
+            private, self.start[sequences], self.finish[sequences], self._block_size
+        )
+        first = -(-private // self._block_size)
+        return Events(
+            np.concatenate([[self.now], later.steps]),
+            np.concatenate([[first.sum()], later.amounts]),
+        )
+
+    def _apply(self, events: Events, sign: int) -> None:
+        self._timeline.add(events.steps, sign * events.amounts)
+
+    def _hold_nodes(self, nodes: Ints, blocks: Ints) -> None:
+        """Hold `blocks` more from now until each node's latest finish, if that is to come."""
+        coming = self.finish[nodes] >= self.now
+        nodes, blocks = nodes[coming], blocks[coming]
+        self._timeline.add(np.full(len(nodes), self.now), blocks)
+        self._timeline.add(self.finish[nodes] + 1, -blocks)
+
+    def _raise(self, segments: Ints) -> None:
+        """Let the nodes above last as long as `segments` do."""
+        while True:
+            parents = self._segments.parent[segments]
+            segments, parents = segments[parents != NOBODY], parents[parents != NOBODY]
+            later = self.finish[segments] > self.finish[parents]
+            segments, parents = segments[later], parents[later]
+            if len(parents) == 0:
+                return
+            raised = np.unique(parents)
+            until = raised[self._node[raised] == _UNTIL]
+            blocks = self._blocks[until]
+            self._hold_nodes(until, -blocks)
+            np.maximum.at(self.finish, parents, self.finish[segments])
+            self._hold_nodes(until, blocks)
+            segments = raised

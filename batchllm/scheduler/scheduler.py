@@ -1,54 +1,41 @@
 """The scheduler: from a plan to one batch a step."""
 
-from collections import deque
-from dataclasses import dataclass
-
 import numpy as np
+from numpy.typing import NDArray
 
 from batchllm.cache.block_pool import BlockPool
+from batchllm.cache.block_table import BlockTables
 from batchllm.prefix.plan import PrefixPlan
 from batchllm.request import FinishReason
-from batchllm.scheduler.build import build_sequences
+from batchllm.scheduler.admission import Candidates, find_candidates
+from batchllm.scheduler.assemble import Work, assemble
+from batchllm.scheduler.base import SchedulerStats
+from batchllm.scheduler.batch import Batch, FinishedSequence, StepOutput
 from batchllm.scheduler.lengths import LengthEstimator
-from batchllm.scheduler.projection import Projection, first_sample_steps
-from batchllm.scheduler.state import Batch, Chunk, Node, Sample, Segment, Sequence, StepOutput
+from batchllm.scheduler.projection import Projection
+from batchllm.scheduler.queue import AdmissionQueue
+from batchllm.scheduler.state import NOBODY, ChildCount, Segments
+from batchllm.scheduler.timeline import first_sample_step
 
-
-@dataclass(slots=True)
-class SchedulerStats:
-    """What the scheduler did, in tokens and events; adds up over windows.
-
-    `computed_prompt_tokens` is all work on prompts, repeats after preemption included;
-    `recomputed_tokens` is what was repeated, of prompts and of answers.
-    """
-
-    steps: int = 0
-    computed_prompt_tokens: int = 0
-    recomputed_tokens: int = 0
-    preemptions: int = 0
-
-    def since(self, before: "SchedulerStats") -> "SchedulerStats":
-        """What was added since a copy was taken."""
-        return SchedulerStats(
-            self.steps - before.steps,
-            self.computed_prompt_tokens - before.computed_prompt_tokens,
-            self.recomputed_tokens - before.recomputed_tokens,
-            self.preemptions - before.preemptions,
-        )
+Ints = NDArray[np.int64]
+_NONE: Ints = np.zeros(0, dtype=np.int64)
 
 
 class Scheduler:
     """Hands out prefill chunks and decodes, mixed, as memory allows.
 
-    Idea: admit a sequence when the blocks that all admitted sequences will hold, simulated to each
-    one's expected end, stay within the pool; every step then takes all decodes and fills the rest
-    of its token budget with prefill, in admission order. A sequence's shared nodes are computed on
-    its way, once; they are freed when the last sequence below them finishes.
+    Idea: every step takes all decodes and fills the rest of its token budget with prefill. When
+    that needs another sequence, it is admitted if the blocks that all admitted sequences will
+    hold, projected to each one's expected end, stay within the pool. A sequence's shared nodes
+    are computed on its way, once; they are freed when the last sequence below them finishes.
 
     When memory runs out all the same (an answer was longer than expected), first nodes that no
     admitted sequence needs are dropped, longest unneeded first; then the sequence admitted last
     gives its private blocks back and waits at the head of the queue with the tokens it has. The
     sequence admitted first is never preempted, so there is always progress.
+
+    A window's state is arrays over its segments, and a step is a few operations on those that
+    take part, so that thousands of sequences cost little more than ten.
     """
 
     def __init__(
@@ -59,306 +46,350 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_num_seqs: int,
         eos_token_ids: frozenset[int] = frozenset(),
+        lengths: LengthEstimator | None = None,
     ) -> None:
         self.pool = pool
         self.stats = SchedulerStats()
+        self.lengths = lengths or LengthEstimator()
         self._max_model_len = max_model_len
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_num_seqs = max_num_seqs
-        self._eos_token_ids = eos_token_ids
-        self._lengths = LengthEstimator()
-        self._waiting: deque[Sequence] = deque()
-        self._running: dict[int, Sequence] = {}  # by leaf, in order of admission
-        self._idle: dict[int, Node] = {}  # by order: KV that only waiting sequences need
-        self._admission_open = True  # something changed since the queue's head did not fit
+        self._eos_token_ids = np.array(sorted(eos_token_ids), dtype=np.int64)
+        self._queue = AdmissionQueue(_NONE)
+        self._decoding = _NONE  # sequences, ascending
+        self._work = _NONE  # segments of admitted sequences to prefill, in order
+        self._num_running = 0
 
-    def add(self, plan: PrefixPlan) -> list[Sequence]:
+    def add(self, plan: PrefixPlan) -> list[FinishedSequence]:
         """Queue a window; the last one must be finished.
 
-        Returns its sequences, one a leaf. One that could not run even alone in the pool is not
-        queued: its `finish_reason` is "error".
+        Returns the sequences that could not run even alone in the pool, with the reason "error".
         """
         assert not self.has_unfinished, "one window at a time"
-        sequences = build_sequences(plan, self._max_model_len)
-        for leaf in plan.leaf_order.tolist():
-            sequence = sequences[leaf]
-            if self.blocks_alone(sequence) <= self.pool.num_blocks:
-                self._waiting.append(sequence)
-            else:
-                self._finish(sequence, "error")
-        self._admission_open = True
-        return sequences
+        state = self._state = Segments(plan, self._max_model_len)
+        self._tables = BlockTables(self.pool, state.count)
+        self._projection = Projection(state, self.pool.block_size)
+        self._unfinished = ChildCount(state.parent, state.of_leaf)
+        self._running = ChildCount(state.parent)
+        self._nodes = _NONE  # those above running sequences, ascending
+        self._idle: dict[int, None] = {}  # nodes with KV that only waiting sequences need
+        self._admitted: Ints = np.zeros(state.count, dtype=np.int64)  # a running number
+        self._num_admitted = 0
+        self._admission_open = True  # something changed since the queue's head did not fit
+        order = state.of_leaf[plan.leaf_order]
+        fits = self._blocks_alone(order) <= self.pool.num_blocks
+        self._queue = AdmissionQueue(order[fits])
+        failed = order[~fits]
+        self._projection.give_up(failed)
+        self._unfinished.remove(failed)
+        return [self._finished(int(s), "error") for s in failed]
 
-    def blocks_alone(self, sequence: Sequence) -> int:
-        """Blocks the sequence needs to run to its longest end, with nothing else in the pool."""
-        longest = len(sequence.tail_token_ids) + sequence.max_tokens - 1
-        shared = sum(self.pool.blocks_for(n.num_tokens) for n in sequence.path)
-        return shared + self.pool.blocks_for(longest)
+    def blocks_alone(self, leaf: int) -> int:
+        """Blocks a leaf's sequence needs to its longest end, with nothing else in the pool."""
+        return int(self._blocks_alone(self._state.of_leaf[leaf : leaf + 1])[0])
 
     @property
     def has_unfinished(self) -> bool:
-        return bool(self._waiting or self._running)
+        return bool(len(self._queue) or self._num_running)
 
     @property
     def num_running(self) -> int:
-        return len(self._running)
+        return self._num_running
 
-    def schedule(self) -> Batch:
-        """Admit what fits and choose the next step's tokens; never empty while work is left."""
-        self._admit()
-        chunks = self._decodes()
-        num_decodes = len(chunks)
-        chunks += self._prefills(self._max_num_batched_tokens - num_decodes)
-        while not chunks:
+    @property
+    def peak_kv_blocks(self) -> int:
+        """The most blocks that were ever held at once."""
+        return self.pool.peak_used
+
+    def schedule(self, ends: Ints | None = None) -> Batch:
+        """Admit what fits and choose the next step's tokens; see `StepScheduler`."""
+        self._revise_overdue()
+        decodes = self._grow_decodes()
+        work = self._prefill(self._max_num_batched_tokens - len(decodes))
+        while len(decodes) == 0 and len(work.segments) == 0:
             self._preempt_last()
-            chunks = self._prefills(self._max_num_batched_tokens)
-        chunks.sort(key=_depth_first)
+            work = self._prefill(self._max_num_batched_tokens)
+        segments = np.concatenate([decodes, work.segments])
+        order = np.argsort(segments)
+        everything = Work(
+            segments[order],
+            np.concatenate([np.ones_like(decodes), work.counts])[order],
+            np.concatenate([np.ones(len(decodes), dtype=np.bool_), work.samples])[order],
+        )
+        state = self._state
+        offset = state.num_computed[everything.segments]
+        batch = assemble(state, self._tables, self._nodes, everything, offset, len(decodes))
+        prompt_tokens, repeated = state.account(everything.segments, everything.counts)
+        self.stats.computed_prompt_tokens += prompt_tokens
+        self.stats.recomputed_tokens += repeated
         self.stats.steps += 1
-        return Batch(chunks, sum(len(c.token_ids) for c in chunks), num_decodes)
+        if ends is not None and len(work.segments) == 0 and len(self._work) == 0:
+            left = ends[state.leaf[decodes]] - state.num_outputs[decodes]
+            return self._repeat(batch, decodes, int(left.min()))
+        return batch
 
-    def update(self, batch: Batch, output: StepOutput) -> list[Sequence]:
+    def update(self, batch: Batch, output: StepOutput) -> list[FinishedSequence]:
         """Append the sampled tokens; returns the sequences that are finished by them."""
-        finished = []
-        sampled = (c.sample for c in batch.chunks if c.sample is not None)
-        for sample, token in zip(sampled, output.token_ids, strict=True):
-            sequence = self._running[sample.leaf]
-            sequence.output_token_ids.append(token)
-            learns = not sequence.sampling_params.ignore_eos
-            num_output_tokens = len(sequence.output_token_ids)
-            reason: FinishReason
-            if learns and token in self._eos_token_ids:
-                reason = "stop"
-            elif num_output_tokens >= sequence.max_tokens:
-                reason = "length"
-            else:
-                continue
-            if learns:
-                self._lengths.observe(num_output_tokens, sequence.max_tokens)
-            del self._running[sample.leaf]
-            self._release(sequence)
-            self._finish(sequence, reason)
-            finished.append(sequence)
-        return finished
+        state, projection = self._state, self._projection
+        projection.advance(batch.num_steps)
+        sequences, steps = batch.samples.sequence, batch.num_steps
+        position = state.num_outputs[sequences] + steps - 1
+        state.outputs.put(sequences, position, output.token_ids)
+        state.num_outputs[sequences] = position + 1
+        ignore_eos = state.ignore_eos[sequences]
+        stopped = np.isin(output.token_ids, self._eos_token_ids) & ~ignore_eos
+        done = stopped | (position + 1 >= state.max_tokens[sequences])
+        # The first sample of what took longer or shorter to prefill than expected.
+        surprised = ~done & (projection.start[sequences] >= projection.now)
+        self._decoding = sequences[~done]
+        self._revise(sequences[surprised])
+        ended = sequences[done]
+        if len(ended) == 0:
+            return []
+        learned = ended[~ignore_eos[done]]
+        if len(learned):
+            self.lengths.observe(state.num_outputs[learned], state.max_tokens[learned])
+        projection.remove(ended)
+        self._release(ended)
+        self._drop_finished(self._unfinished.remove(ended))
+        return [
+            self._finished(sequence, "stop" if stop else "length")
+            for sequence, stop in zip(ended.tolist(), stopped[done].tolist(), strict=True)
+        ]
+
+    def check(self) -> None:
+        """Assert the books of pool, nodes and projection (for tests)."""
+        state = self._state
+        self.pool.check(self._tables.held())
+        held = -(-state.num_computed // self.pool.block_size)
+        assert np.array_equal(self._tables.num_held, held), "blocks do not match tokens"
+        waiting = self._queue.peek(len(self._queue))
+        running = np.concatenate([self._decoding, self._work[self._leaves(self._work)]])
+        assert len(running) == self._num_running
+        now, left = self._running, self._unfinished
+        assert np.array_equal(now.children, ChildCount(state.parent, running).children)
+        everyone = np.concatenate([running, waiting])
+        assert np.array_equal(left.children, ChildCount(state.parent, everyone).children)
+        needed = np.flatnonzero(now.children)
+        assert np.array_equal(self._nodes, needed)
+        nodes = np.flatnonzero((state.leaf == NOBODY) & (state.num_computed > 0))
+        assert set(self._idle) == set(nodes.tolist()) - set(needed.tolist())
+        self._projection.check(running, needed)
 
     # Admission
 
-    def _admit(self) -> None:
-        """Admit from the queue's head: one, then twice as many, as long as the projection fits."""
-        count = 1
-        while self._admission_open and self._waiting:
-            count = min(count, len(self._waiting), self._max_num_seqs - len(self._running))
-            if count <= 0:
+    def _admit(self, room: int) -> None:
+        """Admit from the queue's head as long as a step has `room` tokens and memory fits."""
+        while room > 0 and self._admission_open and len(self._queue):
+            places = self._max_num_seqs - self._num_running
+            if places <= 0:
                 return
-            if self._fits(count):
-                for _ in range(count):
-                    self._admit_next()
-                count *= 2
-            elif count > 1:
-                count //= 2
-            else:
+            candidates = find_candidates(
+                self._state, self._running, self._queue.peek(min(places, room)), room
+            )
+            start, finish = self._expect(candidates, room)
+            count = self._how_many_fit(candidates, start, finish)
+            if count < len(candidates.sequences):
                 self._admission_open = False
-        if not self._running:  # the head alone fits the pool, whatever lies idle in it
-            self._admit_next()
+            if count == 0 and self._num_running == 0:
+                count = 1  # the head alone fits the pool, whatever lies idle in it
+            if count:
+                admitted = candidates.take(count)
+                self._start(admitted, start[:count], finish[:count])
+                room -= int(admitted.tokens.sum())
 
-    def _admit_next(self) -> None:
-        sequence = self._waiting.popleft()
-        self._running[sequence.leaf] = sequence
-        for node in sequence.path:
-            node.num_running += 1
-            self._idle.pop(node.order, None)
-
-    def _fits(self, count: int) -> bool:
-        candidates = [self._waiting[i] for i in range(count)]
-        sequences = [*self._running.values(), *candidates]
-        return self._project(sequences).peak_blocks(self.pool.block_size) <= self.pool.num_blocks
-
-    def _project(self, sequences: list[Sequence]) -> Projection:
-        """Expected memory of `sequences`, in order of admission, and of their nodes."""
-        prefill, remaining = [], []
-        nodes: dict[int, Node] = {}
-        users: dict[int, list[int]] = {}  # by order of the node: which of `sequences`
-        for index, sequence in enumerate(sequences):
-            tokens = 0 if sequence.decoding else sequence.num_pending_tokens
-            for node in sequence.path:
-                if node.order not in nodes:
-                    nodes[node.order] = node
-                    users[node.order] = []
-                    tokens += node.num_tokens - node.segment.num_computed_tokens
-                users[node.order].append(index)
-            prefill.append(tokens)
-            remaining.append(
-                self._lengths.remaining(
-                    len(sequence.output_token_ids),
-                    sequence.max_tokens,
-                    ignore_eos=sequence.sampling_params.ignore_eos,
-                )
+    def _expect(self, candidates: Candidates, room: int) -> tuple[Ints, Ints]:
+        """In which step each candidate samples first, and in which last."""
+        now = self._projection.now
+        start = np.full(len(candidates.sequences), now)
+        remaining = self._remaining(candidates.sequences)
+        over = int(candidates.tokens.sum()) - room
+        if over > 0:  # the last one takes more than this step
+            others = np.concatenate([self._decoding, self._work[self._leaves(self._work)]])
+            finishes = np.concatenate(
+                [self._projection.finish[others], (start + remaining - 1)[:-1]]
             )
-        left = np.array(remaining, dtype=np.int64)
-        start = first_sample_steps(
-            np.array(prefill, dtype=np.int64), left, self._max_num_batched_tokens
+            start[-1] = first_sample_step(over, finishes, self._max_num_batched_tokens, now)
+        return start, start + remaining - 1
+
+    def _how_many_fit(self, candidates: Candidates, start: Ints, finish: Ints) -> int:
+        """The most candidates whose projected peak stays within the pool."""
+        fitting, failing = 0, len(candidates.sequences) + 1
+        tried = len(candidates.sequences)
+        while failing - fitting > 1:
+            some = candidates.take(tried)
+            peak = self._projection.peak_with(
+                some.sequences, start[:tried], finish[:tried], some.nodes
+            )
+            if peak <= self.pool.num_blocks:
+                fitting = tried
+            else:
+                failing = tried
+            tried = (fitting + failing) // 2
+        return fitting
+
+    def _start(self, admitted: Candidates, start: Ints, finish: Ints) -> None:
+        sequences = admitted.sequences
+        self._queue.pop(len(sequences))
+        self._num_running += len(sequences)
+        self._admitted[sequences] = self._num_admitted + np.arange(len(sequences))
+        self._num_admitted += len(sequences)
+        self._state.owner[admitted.nodes] = sequences[admitted.first]
+        self._projection.admit(sequences, start, finish, admitted.nodes)
+        needed = self._running.add(sequences)
+        assert len(needed) == len(admitted.nodes)
+        self._nodes = np.sort(np.concatenate([self._nodes, needed]))
+        for node in needed.tolist():
+            self._idle.pop(node, None)
+        self._work = np.concatenate([self._work, admitted.work(self._state)])
+
+    def _remaining(self, sequences: Ints) -> Ints:
+        state = self._state
+        return self.lengths.remaining(
+            state.num_outputs[sequences], state.max_tokens[sequences], state.ignore_eos[sequences]
         )
-        finish = start + left
-        forever = np.iinfo(np.int64).max
-        return Projection(
-            private_tokens=np.array([s.num_private_tokens for s in sequences], dtype=np.int64),
-            start=start,
-            remaining=left,
-            node_blocks=np.array(
-                [self.pool.blocks_for(n.num_tokens) for n in nodes.values()], dtype=np.int64
-            ),
-            node_until=np.array(
-                [
-                    finish[users[order]].max() if len(users[order]) == n.num_unfinished else forever
-                    for order, n in nodes.items()
-                ],
-                dtype=np.int64,
-            ),
-        )
 
-    # One step's chunks
+    def _revise_overdue(self) -> None:
+        """Expect more of decodes that should have finished by now."""
+        overdue = self._projection.finish[self._decoding] < self._projection.now
+        if overdue.any():
+            self._revise(self._decoding[overdue])
 
-    def _decodes(self) -> list[Chunk]:
-        chosen: dict[int, Sequence] = {}
-        for sequence in [s for s in self._running.values() if s.decoding]:
-            while sequence.leaf in self._running and not self._grow(sequence.segment, 1):
-                preempted = self._preempt_last()
-                if preempted.leaf in chosen:
-                    del chosen[preempted.leaf]
-            if sequence.leaf in self._running:
-                chosen[sequence.leaf] = sequence
-        return [self._sequence_chunk(s, 1) for s in chosen.values()]
+    def _revise(self, sequences: Ints) -> None:
+        if len(sequences):
+            now = np.full(len(sequences), self._projection.now)
+            self._projection.revise(sequences, now, now + self._remaining(sequences) - 1)
 
-    def _prefills(self, budget: int) -> list[Chunk]:
-        chunks: list[Chunk] = []
-        for sequence in self._running.values():
-            if budget <= 0:
+    # One step's tokens
+
+    def _grow_decodes(self) -> Ints:
+        """Give all decodes room for a token, preempting until there is enough."""
+        while True:
+            decodes = self._decoding
+            full = decodes[self._state.num_computed[decodes] % self.pool.block_size == 0]
+            if self._reclaim(len(full)):
                 break
-            if sequence.num_pending_tokens == 0 or sequence.decoding:
-                continue
-            taken = self._prefill(sequence, budget)
-            chunks += taken
-            budget -= sum(len(c.token_ids) for c in taken)
-        return chunks
+            self._preempt_last()
+        self._tables.grow(full, self._tables.num_held[full] + 1)
+        return decodes
 
-    def _prefill(self, sequence: Sequence, budget: int) -> list[Chunk]:
-        """The next chunks towards the sequence's first token: its missing nodes, then its own."""
-        chunks: list[Chunk] = []
-        for node in sequence.path:
-            if node.complete:
-                continue
-            count = min(budget, node.num_tokens - node.segment.num_computed_tokens)
-            if count == 0 or not self._grow(node.segment, count):
-                return chunks
-            chunks.append(self._node_chunk(node, sequence, count))
-            budget -= count
-            if not node.complete:
-                return chunks
-        count = min(budget, sequence.num_pending_tokens)
-        if count > 0 and self._grow(sequence.segment, count):
-            chunks.append(self._sequence_chunk(sequence, count))
-        return chunks
+    def _prefill(self, room: int) -> Work:
+        """Take up to `room` tokens of prefill, admitting for it, and give them blocks."""
+        state = self._state
+        backlog = int(state.pending(self._work).sum())
+        if backlog < room:
+            self._admit(room - backlog)
+        if room <= 0 or len(self._work) == 0:
+            return Work(_NONE, _NONE, np.zeros(0, dtype=np.bool_))
+        pending = state.pending(self._work)
+        total = np.cumsum(pending)
+        taken = min(int(np.searchsorted(total, room, side="left")) + 1, len(pending))
+        segments, counts = self._work[:taken], pending[:taken].copy()
+        counts[-1] -= max(0, int(total[taken - 1]) - room)
+        wanted = -(-(state.num_computed[segments] + counts) // self.pool.block_size)
+        missing = np.cumsum(wanted - self._tables.num_held[segments])
+        if not self._reclaim(int(missing[-1])):
+            taken = int(np.searchsorted(missing, self.pool.num_free, side="right"))
+            segments, counts, wanted = segments[:taken], counts[:taken], wanted[:taken]
+        self._tables.grow(segments, wanted)
+        complete = counts == pending[:taken]
+        self._work = self._work[int(complete.sum()) :]  # all but perhaps the last are
+        return Work(segments, counts, complete & self._leaves(segments))
 
-    def _node_chunk(self, node: Node, sequence: Sequence, count: int) -> Chunk:
-        offset = node.segment.num_computed_tokens
-        self._account(node.segment, sequence, count, node.num_tokens)
-        return Chunk(
-            order=node.order,
-            token_ids=node.token_ids[offset : offset + count],
-            start=node.segment.start + offset,
-            offset=offset,
-            block_ids=node.segment.block_ids,
-            path=node.path[:-1],
-            sample=None,
+    def _repeat(self, batch: Batch, decodes: Ints, max_steps: int) -> Batch:
+        """Let a batch of decodes stand for as many steps as nothing changes in."""
+        state, size = self._state, self.pool.block_size
+        until_expected = int(self._projection.finish[decodes].min()) - self._projection.now + 1
+        steps = min(max_steps, until_expected)
+        more = np.full(len(decodes), steps - 1)
+        wanted = -(-(state.num_computed[decodes] + more) // size)
+        if steps < 2 or int((wanted - self._tables.num_held[decodes]).sum()) > self.pool.num_free:
+            return batch
+        self._tables.grow(decodes, wanted)
+        state.account(decodes, more)
+        self.stats.steps += steps - 1
+        return Batch(
+            batch.token_ids,
+            batch.chunks,
+            batch.shared,
+            self._tables.gather(np.concatenate([decodes, self._nodes])),
+            batch.samples,
+            batch.num_decodes,
+            steps,
         )
-
-    def _sequence_chunk(self, sequence: Sequence, count: int) -> Chunk:
-        segment = sequence.segment
-        offset = segment.num_computed_tokens
-        self._account(segment, sequence, count, len(sequence.tail_token_ids))
-        sample = None
-        if sequence.num_pending_tokens == 0:
-            sample = Sample(
-                sequence.leaf,
-                sequence.row_index,
-                len(sequence.output_token_ids),
-                sequence.sampling_params,
-            )
-        return Chunk(
-            order=sequence.order,
-            token_ids=sequence.private_tokens(offset, offset + count),
-            start=segment.start + offset,
-            offset=offset,
-            block_ids=segment.block_ids,
-            path=sequence.path,
-            sample=sample,
-        )
-
-    def _account(self, segment: Segment, sequence: Sequence, count: int, num_prompt: int) -> None:
-        """Mark `count` more tokens computed; the segment's first `num_prompt` are a prompt's."""
-        begin = segment.num_computed_tokens
-        end = begin + count
-        fresh = max(begin, segment.high_water)  # below it is repetition
-        sequence.num_fresh_prompt_tokens += max(0, min(end, num_prompt) - fresh)
-        self.stats.computed_prompt_tokens += max(0, min(end, num_prompt) - begin)
-        self.stats.recomputed_tokens += min(end, fresh) - begin
-        segment.num_computed_tokens = end
-        segment.high_water = max(segment.high_water, end)
 
     # Memory
 
-    def _grow(self, segment: Segment, count: int) -> bool:
-        """Give the segment blocks for `count` more tokens, dropping idle nodes if need be."""
-        wanted = self.pool.blocks_for(segment.num_computed_tokens + count)
-        missing = wanted - len(segment.block_ids)
-        while self.pool.num_free < missing and self._idle:
-            self._drop(self._least_needed())
-        if self.pool.num_free < missing:
-            return False
-        segment.block_ids.extend(self.pool.allocate(missing))
-        return True
+    def _reclaim(self, count: int) -> bool:
+        """Have `count` blocks free, dropping idle nodes if need be; false if that is not enough."""
+        if self.pool.num_free < count and self._idle:
+            head = self._queue.peek(1)
+            spared = self._path(int(head[0])) if len(head) else set()
+            while self.pool.num_free < count and self._idle:
+                oldest = next(iter(self._idle))
+                self._drop(next((n for n in self._idle if n not in spared), oldest))
+        return self.pool.num_free >= count
 
-    def _least_needed(self) -> Node:
-        """The idle node unneeded for longest, those of the queue's head last."""
-        next_up = self._waiting[0].path if self._waiting else ()
-        return next((n for n in self._idle.values() if n not in next_up), self._first_idle())
+    def _path(self, segment: int) -> set[int]:
+        """The nodes above a segment."""
+        path = set()
+        while (segment := int(self._state.parent[segment])) != NOBODY:
+            path.add(segment)
+        return path
 
-    def _first_idle(self) -> Node:
-        return next(iter(self._idle.values()))
+    def _drop(self, node: int) -> None:
+        del self._idle[node]
+        self._free(np.array([node]))
 
-    def _drop(self, node: Node) -> None:
-        del self._idle[node.order]
-        self._free(node.segment)
+    def _free(self, segments: Ints) -> None:
+        self._tables.release(segments)
+        self._state.num_computed[segments] = 0
 
-    def _free(self, segment: Segment) -> None:
-        self.pool.free(segment.block_ids)
-        segment.block_ids = []
-        segment.num_computed_tokens = 0
-
-    def _preempt_last(self) -> Sequence:
-        sequence = self._running.popitem()[1]
-        assert self._running, f"leaf {sequence.leaf} alone does not fit the pool"
-        self.stats.preemptions += 1
-        self._release(sequence)
-        self._waiting.appendleft(sequence)
+    def _preempt_last(self) -> None:
+        state = self._state
+        admitted = self._work[self._leaves(self._work)]
+        running = np.concatenate([self._decoding, admitted])
+        last = running[np.argmax(self._admitted[running])]
+        assert len(running) > 1, f"leaf {state.leaf[last]} alone does not fit the pool"
+        self._decoding = self._decoding[self._decoding != last]
+        self._work = self._work[state.owner[self._work] != last]
+        self._projection.preempt(np.array([last]))
+        self._release(np.array([last]))
+        self._queue.put_back(int(last))
         self._admission_open = False
-        return sequence
+        self.stats.preemptions += 1
 
-    def _release(self, sequence: Sequence) -> None:
-        """The sequence stops running: its private blocks go back, its nodes may fall idle."""
-        self._free(sequence.segment)
+    def _release(self, sequences: Ints) -> None:
+        """Sequences stop running: their private blocks go back, their nodes may fall idle."""
+        self._num_running -= len(sequences)
+        self._free(sequences)
         self._admission_open = True
-        for node in sequence.path:
-            node.num_running -= 1
-            if node.num_running == 0 and node.segment.block_ids:
-                self._idle[node.order] = node
+        nodes = self._running.remove(sequences)
+        if len(nodes):
+            self._projection.drop_nodes(nodes)
+            self._nodes = self._nodes[np.isin(self._nodes, nodes, invert=True)]
+            held = nodes[self._tables.num_held[nodes] > 0]
+            self._idle |= dict.fromkeys(held.tolist())
 
-    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
-        sequence.finish_reason = reason
-        for node in sequence.path:
-            node.num_unfinished -= 1
-            if node.num_unfinished == 0 and node.order in self._idle:
-                self._drop(node)
+    def _drop_finished(self, nodes: Ints) -> None:
+        """No sequence below these nodes is unfinished."""
+        for node in nodes.tolist():
+            self._idle.pop(node, None)
+        self._free(nodes)
 
+    def _leaves(self, segments: Ints) -> NDArray[np.bool_]:
+        return self._state.leaf[segments] != NOBODY
 
-def _depth_first(chunk: Chunk) -> int:
-    return chunk.order
+    def _blocks_alone(self, sequences: Ints) -> Ints:
+        state, size = self._state, self.pool.block_size
+        longest = state.length[sequences] + state.max_tokens[sequences] - 1
+        return state.blocks_above(size)[sequences] + -(-longest // size)
+
+    def _finished(self, sequence: int, reason: FinishReason) -> FinishedSequence:
+        state = self._state
+        return FinishedSequence(
+            leaf=int(state.leaf[sequence]),
+            output_token_ids=state.outputs.take(sequence, int(state.num_outputs[sequence])),
+            finish_reason=reason,
+            num_fresh_prompt_tokens=int(state.num_fresh[sequence]),
+        )

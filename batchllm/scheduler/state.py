@@ -1,136 +1,197 @@
-"""The run state of tree nodes and sequences. The scheduler alone changes it."""
+"""The run state of a window, as arrays: the scheduler alone changes it."""
 
-from dataclasses import dataclass, field
+import numpy as np
+from numpy.typing import NDArray
 
-from batchllm.request import FinishReason, SamplingParams, TokenIds
+from batchllm.prefix.plan import PrefixPlan
+from batchllm.request import TokenIds
+
+Ints = NDArray[np.int64]
+NOBODY = -1
 
 
-@dataclass(slots=True, eq=False)
-class Segment:
-    """The KV of a run of consecutive tokens with one owner.
+class Segments:
+    """Every tree node and every leaf of a window, each a run of KV with one owner.
 
-    `start` is the position of its first token in the prompt. `num_computed_tokens` tokens from
-    there have their KV in `block_ids`, or will have once the step that was last scheduled has run.
-    `high_water` is the most that ever had: computing below it is repetition.
+    Segments are numbered in depth-first pre-order, nodes and leaves together: what lies below a
+    node are the numbers `(node, subtree_end[node])`, and a leaf's number is the number of its
+    sequence. A sequence's private KV is its leaf's own prompt tokens, then its output.
+
+    Fixed, all [num_segments]: `parent` (`NOBODY` at the top), `subtree_end`, `start` (position of
+    the first token), `length` (prompt tokens), `token_begin` (place of the first in the plan's
+    tokens), `leaf` (`NOBODY` for nodes), and of leaves `max_tokens`, `ignore_eos`, `row_index`,
+    `params_index`.
+
+    State: `num_computed` tokens have their KV, or will once the step scheduled last has run;
+    `high_water` is the most that ever had: computing below it is repetition. Of leaves,
+    `num_outputs` and `num_fresh` (prompt tokens computed for this leaf before any other).
+    `owner` is the leaf that a node is being, or was last, computed for; a leaf's is itself.
     """
 
-    start: int
-    block_ids: list[int] = field(default_factory=list)
-    num_computed_tokens: int = 0
-    high_water: int = 0
+    def __init__(self, plan: PrefixPlan, max_model_len: int) -> None:
+        tree = plan.tree
+        leaves = np.arange(tree.num_leaves)
+        self.of_node: Ints = np.arange(tree.num_nodes) + tree.node_leaf_begin
+        self.of_leaf: Ints = leaves + np.searchsorted(tree.node_leaf_begin, leaves, side="right")
+        nodes, leaf_row = self.of_node, tree.leaf_row
+        self.count = tree.num_nodes + tree.num_leaves
+        self.tokens = plan.tokens
+        self.params = plan.params
+
+        def column(of_nodes: Ints | int, of_leaves: Ints) -> Ints:
+            values = np.empty(self.count, dtype=np.int64)
+            values[nodes] = of_nodes
+            values[self.of_leaf] = of_leaves
+            return values
+
+        upward = np.append(nodes, NOBODY)  # NO_NODE = -1 picks the appended one
+        self.parent = column(upward[tree.node_parent], upward[tree.leaf_parent])
+        self.subtree_end = column(tree.node_subtree_end + tree.node_leaf_end, self.of_leaf + 1)
+        self.start = column(tree.node_start, tree.leaf_start)
+        self.length = column(tree.node_end, tree.leaf_length) - self.start
+        example = leaf_row[tree.node_leaf_begin]
+        offsets = plan.tokens.offsets
+        self.token_begin = column(offsets[example], offsets[leaf_row]) + self.start
+        self.leaf = column(NOBODY, leaves)
+        self.row_index = column(NOBODY, plan.row_index[leaf_row])
+        self.params_index = column(NOBODY, plan.params_index[leaf_row])
+        longest = np.minimum(plan.max_tokens[leaf_row], max_model_len - tree.leaf_length)
+        self.max_tokens = column(0, longest)
+        ignore = np.array([p.ignore_eos for p in plan.params], dtype=np.bool_)
+        self.ignore_eos: NDArray[np.bool_] = np.zeros(self.count, dtype=np.bool_)
+        self.ignore_eos[self.of_leaf] = ignore[plan.params_index[leaf_row]]
+
+        self.num_computed: Ints = np.zeros(self.count, dtype=np.int64)
+        self.high_water: Ints = np.zeros(self.count, dtype=np.int64)
+        self.num_outputs: Ints = np.zeros(self.count, dtype=np.int64)
+        self.num_fresh: Ints = np.zeros(self.count, dtype=np.int64)
+        self.owner: Ints = np.arange(self.count)
+        self.outputs = OutputTokens(self.count)
+
+    def pending(self, segments: Ints) -> Ints:
+        """Tokens whose KV is still to be computed, [n]."""
+        total = self.length[segments] + self.num_outputs[segments]
+        return total - self.num_computed[segments]
+
+    def blocks_above(self, block_size: int) -> Ints:
+        """Blocks of the whole chain of nodes above each segment, [num_segments]."""
+        blocks = -(-self.length[self.of_node] // block_size)
+        change = np.zeros(self.count + 1, dtype=np.int64)
+        np.add.at(change, self.of_node + 1, blocks)  # from behind the node to the subtree's end
+        np.subtract.at(change, self.subtree_end[self.of_node], blocks)
+        return np.cumsum(change[:-1])
+
+    def token_ids(self, segments: Ints, begin: Ints, count: Ints) -> TokenIds:
+        """Tokens `[begin, begin + count)` of each segment, prompt then output, flat."""
+        ends = np.cumsum(count)
+        within = np.arange(int(ends[-1]) if len(ends) else 0) + np.repeat(begin - ends + count, count)
+        who = np.repeat(segments, count)
+        output = within - self.length[who]
+        prompt = output < 0
+        found = np.empty(len(within), dtype=np.int32)
+        found[prompt] = self.tokens.values[self.token_begin[who[prompt]] + within[prompt]]
+        found[~prompt] = self.outputs.get(who[~prompt], output[~prompt])
+        return found
+
+    def account(self, segments: Ints, counts: Ints) -> tuple[int, int]:
+        """Mark `counts` more tokens computed; segments distinct.
+
+        Returns:
+            How many of them are prompt tokens, and how many (of prompt or output) are repeats.
+        """
+        begin = self.num_computed[segments]
+        end = begin + counts
+        in_prompt = np.minimum(end, self.length[segments])
+        high = self.high_water[segments]
+        fresh = np.maximum(begin, high)
+        np.add.at(self.num_fresh, self.owner[segments], np.maximum(in_prompt - fresh, 0))
+        self.num_computed[segments] = end
+        self.high_water[segments] = np.maximum(high, end)
+        repeats = np.minimum(end, fresh) - begin
+        return int(np.maximum(in_prompt - begin, 0).sum()), int(repeats.sum())
 
 
-@dataclass(slots=True, eq=False)
-class Node:
-    """A shared node of the prefix tree, computed once, by the first sequence that needs it.
+class ChildCount:
+    """How many of a node's children count; a node itself counts as long as one of them does.
 
-    `path` is the chain of nodes from the top down to this one. `num_unfinished` counts the
-    sequences below it that still need it and `num_running` those of them that are admitted.
+    So the count of a node says whether any leaf below it counts, and a leaf that changes touches
+    only the ancestors for which that changes the answer.
     """
 
-    order: int
-    token_ids: TokenIds
-    segment: Segment
-    path: "tuple[Node, ...]" = ()
-    num_unfinished: int = 0
-    num_running: int = 0
+    def __init__(self, parent: Ints, counting: Ints | None = None) -> None:
+        """Nobody counts at first, or the segments `counting`, with all nodes above them."""
+        self._parent = parent
+        self.children: Ints = np.zeros(len(parent), dtype=np.int64)
+        if counting is not None:
+            self.add(counting)
 
-    @property
-    def num_tokens(self) -> int:
-        return len(self.token_ids)
+    def add(self, segments: Ints) -> Ints:
+        """Let the segments (distinct, not counting yet) count; returns nodes that now do too."""
+        changed = []
+        while len(parents := self._above(segments)):
+            segments = np.unique(parents[self.children[parents] == 0])
+            np.add.at(self.children, parents, 1)
+            changed.append(segments)
+        return _joined(changed)
 
-    @property
-    def complete(self) -> bool:
-        return self.segment.num_computed_tokens == len(self.token_ids)
+    def remove(self, segments: Ints) -> Ints:
+        """Let the segments (distinct, counting) no longer count.
 
+        Returns nodes that do not either now, descendants before their ancestors.
+        """
+        changed = []
+        while len(parents := self._above(segments)):
+            np.subtract.at(self.children, parents, 1)
+            segments = np.unique(parents[self.children[parents] == 0])
+            changed.append(segments)
+        return _joined(changed)
 
-@dataclass(slots=True, eq=False)
-class Sequence:
-    """The run state of one leaf: a distinct prompt being answered, for one row or for duplicates.
-
-    `path` are the shared nodes above it. Its private part is the prompt's own tail (at least one
-    token), followed by the output so far; `segment` is that part's KV. Preemption drops the private
-    KV and nothing else, so no token is ever sampled twice.
-    """
-
-    leaf: int
-    order: int
-    row_index: int
-    path: tuple[Node, ...]
-    segment: Segment
-    tail_token_ids: TokenIds
-    max_tokens: int
-    sampling_params: SamplingParams
-    output_token_ids: list[int] = field(default_factory=list)
-    num_fresh_prompt_tokens: int = 0
-    finish_reason: FinishReason | None = None
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        return self.segment.start + len(self.tail_token_ids)
-
-    @property
-    def num_private_tokens(self) -> int:
-        return len(self.tail_token_ids) + len(self.output_token_ids)
-
-    @property
-    def num_pending_tokens(self) -> int:
-        """Private tokens whose KV is still to be computed."""
-        return self.num_private_tokens - self.segment.num_computed_tokens
-
-    @property
-    def decoding(self) -> bool:
-        """All that is missing is the KV of the token sampled last."""
-        return bool(self.output_token_ids) and self.num_pending_tokens == 1
-
-    def private_tokens(self, begin: int, end: int) -> TokenIds | list[int]:
-        """Tokens `[begin, end)` of the private part."""
-        tail = len(self.tail_token_ids)
-        if begin >= tail:
-            return self.output_token_ids[begin - tail : end - tail]
-        if end <= tail:
-            return self.tail_token_ids[begin:end]
-        return [*self.tail_token_ids[begin:].tolist(), *self.output_token_ids[: end - tail]]
+    def _above(self, segments: Ints) -> Ints:
+        parents = self._parent[segments]
+        return parents[parents != NOBODY]
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """A token to sample: whose, how, and which output position it is (0 for the first)."""
+class OutputTokens:
+    """The tokens sampled so far, of the sequences that are under way; rows are reused."""
 
-    leaf: int
-    row_index: int
-    output_position: int
-    sampling_params: SamplingParams
+    def __init__(self, num_owners: int) -> None:
+        self._row: Ints = np.full(num_owners, NOBODY, dtype=np.int64)
+        self._tokens: TokenIds = np.zeros((64, 16), dtype=np.int32)
+        self._free = list(range(63, -1, -1))
+
+    def get(self, owners: Ints, positions: Ints) -> TokenIds:
+        """Output `positions[i]` of `owners[i]`, [n]."""
+        return self._tokens[self._row[owners], positions]
+
+    def put(self, owners: Ints, positions: Ints, token_ids: TokenIds) -> None:
+        """Set output `positions[i]` of `owners[i]`; owners distinct."""
+        if len(owners) == 0:
+            return
+        new = owners[self._row[owners] == NOBODY]
+        if len(new) > len(self._free):
+            height = len(self._tokens)
+            extra = max(height, len(new))
+            self._tokens = np.pad(self._tokens, ((0, extra), (0, 0)))
+            self._free = [*range(height + extra - 1, height - 1, -1), *self._free]
+        if len(new):
+            self._row[new] = self._free[-len(new) :]
+            del self._free[-len(new) :]
+        widest = int(positions.max()) + 1
+        if widest > self._tokens.shape[1]:
+            extra = max(widest, 2 * self._tokens.shape[1]) - self._tokens.shape[1]
+            self._tokens = np.pad(self._tokens, ((0, 0), (0, extra)))
+        self._tokens[self._row[owners], positions] = token_ids
+
+    def take(self, owner: int, count: int) -> TokenIds:
+        """The owner's `count` tokens, which are forgotten here."""
+        row = int(self._row[owner])
+        if row == NOBODY:
+            return np.zeros(0, dtype=np.int32)
+        tokens = self._tokens[row, :count].copy()
+        self._row[owner] = NOBODY
+        self._free.append(row)
+        return tokens
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Consecutive tokens of one node or sequence, computed in one step.
-
-    The tokens go into `block_ids` from `offset` on (in tokens) and attend to all of `path` (nodes
-    outermost first, each with its tokens and blocks) and to what `block_ids` already holds.
-    """
-
-    order: int
-    token_ids: TokenIds | list[int]
-    start: int
-    offset: int
-    block_ids: list[int]
-    path: tuple[Node, ...]
-    sample: Sample | None
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """One step's work: chunks in depth-first order, so a node's members are contiguous."""
-
-    chunks: list[Chunk]
-    num_tokens: int
-    num_decodes: int
-
-
-@dataclass(frozen=True, slots=True)
-class StepOutput:
-    """The sampled token of every chunk that samples, in the batch's order, [num_samples]."""
-
-    token_ids: list[int]
+def _joined(parts: list[Ints]) -> Ints:
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)

@@ -17,7 +17,7 @@ from batchllm.models.locate import resolve
 from batchllm.prefix.plan import plan_requests
 from batchllm.request import Request
 from batchllm.runner.model_input import build_model_input
-from batchllm.scheduler.state import StepOutput
+from batchllm.scheduler.batch import StepOutput
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
@@ -147,7 +147,7 @@ def test_greedy_answers_equal(llm, oracle, truth, prompts, expected, dtype, opti
     engine = LLM(llm.checkpoint, dtype=dtype, **options)
     if expects == "preempted":  # teach it that answers are short, so that it admits too much
         for _ in range(100):
-            engine._scheduler._lengths.observe(1, NUM_NEW_TOKENS)
+            engine._scheduler.lengths.observe(np.array([1]), np.array([NUM_NEW_TOKENS]))
     outputs = engine.generate(prompts, SamplingParams(max_tokens=NUM_NEW_TOKENS))
     assert (engine.metrics.preemptions > 0) == (expects == "preempted")
     assert (engine.metrics.saved_share > 0.2) == (expects != "unshared")
@@ -174,8 +174,9 @@ def test_logits_agree(llm, oracle, truth, prompts, dtype):
         batch = scheduler.schedule()
         step = build_model_input(batch, llm.config.block_size)
         logits = llm._runner.logits(step)
-        got |= {s.row_index: row.float() for s, row in zip(step.samples, logits, strict=True)}
-        scheduler.update(batch, StepOutput(logits.argmax(-1).tolist()))
+        rows = step.samples.row_index.tolist()
+        got |= {i: row.float() for i, row in zip(rows, logits, strict=True)}
+        scheduler.update(batch, StepOutput(logits.argmax(-1).numpy().astype(np.int32)))
     assert set(got) == set(range(len(prompts)))
     theirs = last_logits(oracle, prompts)
     if dtype == "float32":

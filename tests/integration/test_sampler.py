@@ -8,11 +8,19 @@ from batchllm.request import SamplingParams
 from batchllm.sampling import sampler
 from batchllm.sampling.random import uniform
 from batchllm.sampling.sampler import sample_tokens
-from batchllm.scheduler.state import Sample
+from batchllm.scheduler.batch import Samples
+
+
+def make_samples(each, rows=None, positions=None):
+    """Samples of rows with these parameters, one a row."""
+    count = np.arange(len(each))
+    rows = count if rows is None else rows
+    positions = np.zeros_like(count) if positions is None else positions
+    return Samples(count, count, count, rows, positions, count, each)
 
 
 def samples(count, **params):
-    return [Sample(i, i, 0, SamplingParams(**params)) for i in range(count)]
+    return make_samples([SamplingParams(**params)] * count)
 
 
 def test_random_numbers_are_uniform_and_independent():
@@ -31,7 +39,7 @@ def test_random_numbers_are_uniform_and_independent():
 
 def test_greedy_takes_the_largest():
     logits = torch.tensor([[0.0, 3.0, 1.0], [5.0, 4.0, 5.0]])
-    assert sample_tokens(logits, samples(2)) == [1, 0]
+    assert sample_tokens(logits, samples(2)).tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("first_look", [4, 1024])
@@ -52,7 +60,7 @@ def test_draws_follow_the_filtered_distribution(monkeypatch, first_look, top_k, 
         logits.expand(count, -1),
         samples(count, temperature=temperature, top_k=top_k, top_p=top_p, seed=5),
     )
-    share = torch.bincount(torch.tensor(drawn), minlength=16)[order] / count
+    share = torch.bincount(torch.from_numpy(drawn), minlength=16)[order] / count
     assert (share[expected == 0] == 0).all()
     torch.testing.assert_close(share, expected.to(share.dtype), atol=0.012, rtol=0)
 
@@ -60,18 +68,21 @@ def test_draws_follow_the_filtered_distribution(monkeypatch, first_look, top_k, 
 def test_a_row_draws_the_same_whatever_the_batch():
     torch.manual_seed(0)
     logits = torch.randn(40, 300)
-    mixed = [
-        Sample(
-            i, i, i % 3, SamplingParams(temperature=(i % 4) / 2, top_k=i % 5, top_p=1 - i % 3 / 4)
-        )
-        for i in range(40)
+    each = [
+        SamplingParams(temperature=(i % 4) / 2, top_k=i % 5, top_p=1 - i % 3 / 4) for i in range(40)
     ]
-    together = sample_tokens(logits, mixed)
-    alone = [sample_tokens(logits[i : i + 1], [mixed[i]])[0] for i in range(40)]
-    backwards = sample_tokens(logits.flip(0), mixed[::-1])[::-1]
+
+    def sample(rows):
+        chosen = make_samples([each[i] for i in rows], rows, rows % 3)
+        return sample_tokens(logits[torch.from_numpy(rows)], chosen).tolist()
+
+    rows = np.arange(40)
+    together = sample(rows)
+    alone = [sample(rows[i : i + 1])[0] for i in rows]
+    backwards = sample(rows[::-1].copy())[::-1]
     assert together == alone == backwards
 
 
 def test_tiny_temperature_is_nearly_greedy():
     logits = torch.tensor([[1.0, 2.0, 0.5]])
-    assert sample_tokens(logits, samples(1, temperature=1e-4)) == [1]
+    assert sample_tokens(logits, samples(1, temperature=1e-4)).tolist() == [1]

@@ -1,24 +1,8 @@
 """The bound of scripts/bench_engines/bound.py against a case done by hand, and brute force."""
 
-import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType
-
 import numpy as np
 import pytest
-
-
-def load_bound() -> ModuleType:
-    # scripts/ is no package: the engines there run as plain files in other environments.
-    path = Path(__file__).parents[2] / "scripts" / "bench_engines" / "bound.py"
-    spec = importlib.util.spec_from_file_location("bench_bound", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
+from yardstick import load_bound
 
 b = load_bound()
 

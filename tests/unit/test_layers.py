@@ -19,6 +19,7 @@ ALLOWED = {
     "cache": {"errors", "cache"},
     "scheduler": {"errors", "request", "prefix", "cache", "scheduler"},
     "engine": {"errors", "request", "prefix", "cache", "scheduler"},
+    "simulate": {"errors", "request", "prefix", "cache", "scheduler", "models", "simulate"},
     "progress": {"prefix", "scheduler"},
     "io": {"errors", "request", "io"},
     "text": {"errors", "request", "text"},
@@ -29,10 +30,12 @@ ALLOWED = {
         *("errors", "request", "config", "prefix", "cache", "scheduler"),
         *("attention", "models", "sampling", "runner"),
     },
-    "report": {"errors", "request", "prefix", "text", "progress", "report"},
+    "report": {
+        *("errors", "request", "prefix", "scheduler", "simulate", "text", "progress", "report")
+    },
     "api": {
         *("errors", "request", "config", "metrics", "progress", "engine", "prefix", "cache"),
-        *("scheduler", "runner", "models", "text", "io"),
+        *("scheduler", "simulate", "runner", "models", "text", "io"),
     },
 }
 NO_TORCH = (
@@ -41,6 +44,7 @@ NO_TORCH = (
     "batchllm.engine",
     "batchllm.prefix.plan",
     "batchllm.scheduler.scheduler",
+    "batchllm.simulate.simulator",
     "batchllm.cache.block_pool",
     "batchllm.runner.fake_runner",
     "batchllm.runner.dtype",
@@ -49,6 +53,7 @@ NO_TORCH = (
     "batchllm.models.checkpoint",
     "batchllm.models.locate",
     "batchllm.report.plan",
+    "batchllm.report.simulation",
 )
 
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchllm.errors import UsageError
-from batchllm.prefix.order import POLICIES, get_policy
 from batchllm.prefix.plan import biggest_groups, plan_requests
+from batchllm.prefix.policies.registry import POLICIES, check_policy
 from batchllm.prefix.sorting import common_prefix_lengths, sort_sequences
 from batchllm.prefix.tree import NO_NODE, build_tree, flat_tree
 from batchllm.request import RaggedTokens, Request, SamplingParams
@@ -143,6 +143,25 @@ def test_ratio_puts_decode_heavy_siblings_first_at_every_level():
     assert plan.tree.leaf_row[plan.leaf_order].tolist() == [3, 2, 1, 0]
 
 
+def test_dual_scan_mixes_rows_that_compute_with_rows_that_read():
+    """Half of the groups prefill much, half decode much; wherever one cuts, both have been seen."""
+    prompts, max_tokens = [], []
+    for group in range(20):
+        for member in range(4):
+            heavy = group % 2 == 0
+            prompts.append([group] * (200 if heavy else 5) + [member] * 3)
+            max_tokens.append(2 if heavy else 400)
+    plan = plan_requests(requests(prompts, max_tokens), policy="dual-scan")
+    assert sorted(plan.leaf_order.tolist()) == list(range(80))
+    heavy = np.array([max_tokens[row] == 2 for row in plan.tree.leaf_row[plan.leaf_order]])
+    for begin in range(0, 80, 16):
+        assert 0 < heavy[begin : begin + 16].sum() < 16
+    # Each side is in one piece: the members of a group are admitted one behind the other.
+    groups = np.array([prompts[row][0] for row in plan.tree.leaf_row[plan.leaf_order]])
+    for side in (groups[heavy], groups[~heavy]):
+        assert len(np.flatnonzero(np.diff(side))) == 9
+
+
 def test_table_order_follows_the_first_row():
     plan = plan_requests(requests([[5], [1], [5], [3]]), policy="table-order")
     assert plan.tree.leaf_row[plan.leaf_order].tolist() == [0, 1, 3]
@@ -163,5 +182,5 @@ def test_biggest_groups_count_rows_and_savings():
 
 
 def test_unknown_policy_names_the_known():
-    with pytest.raises(UsageError, match="ratio, dfs"):
-        get_policy("fastest")
+    with pytest.raises(UsageError, match="ratio, dfs, dual-scan"):
+        check_policy("fastest")

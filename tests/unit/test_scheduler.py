@@ -4,54 +4,18 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scheduling import EOS, MAX_MODEL_LEN, ROWS, CheckingEngine, expected_answer, requests
 
 from batchllm.cache.block_pool import BlockPool
+from batchllm.cache.block_table import BlockTables
 from batchllm.engine import Engine
 from batchllm.prefix.plan import plan_requests
-from batchllm.request import Request, SamplingParams
-from batchllm.runner.fake_runner import FakeRunner, fake_token
+from batchllm.runner.fake_runner import FakeRunner
+from batchllm.scheduler.batch import StepOutput
 from batchllm.scheduler.lengths import LengthEstimator
-from batchllm.scheduler.projection import Projection, first_sample_steps
 from batchllm.scheduler.scheduler import Scheduler
-
-MAX_MODEL_LEN = 64
-EOS = frozenset({7})
-
-
-def requests(rows, **params):
-    return [
-        Request(i, np.array(p, np.int32), SamplingParams(max_tokens=m, **params))
-        for i, (p, m) in enumerate(rows)
-    ]
-
-
-def expected_answer(prompt, max_tokens, *, ignore_eos=False, vocab=50):
-    context, answer = list(prompt), []
-    while len(answer) < min(max_tokens, MAX_MODEL_LEN - len(prompt)):
-        token = fake_token(context, vocab)
-        answer.append(token)
-        context.append(token)
-        if token in EOS and not ignore_eos:
-            break
-    return answer
-
-
-class CheckingEngine(Engine):
-    """Checks the pool's and the tree's books after every step."""
-
-    def step(self):
-        finished = super().step()
-        held, nodes = [], {}
-        scheduler = self.scheduler
-        for sequence in [*scheduler._running.values(), *scheduler._waiting]:
-            held += sequence.segment.block_ids
-            nodes |= {node.order: node for node in sequence.path}
-        for node in nodes.values():
-            held += node.segment.block_ids
-            users = [s for s in scheduler._running.values() if node in s.path]
-            assert node.num_running == len(users)
-        scheduler.pool.check(held)
-        return finished
+from batchllm.scheduler.state import ChildCount
+from batchllm.scheduler.timeline import Timeline, first_sample_step, sequence_events
 
 
 def run(reqs, *, num_blocks, block_size=4, budget=16, max_num_seqs=64, policy="ratio", share=True):
@@ -66,23 +30,13 @@ def run(reqs, *, num_blocks, block_size=4, budget=16, max_num_seqs=64, policy="r
     )
     runner = FakeRunner(num_blocks, block_size)
     answers = {}
+    tree = plan.tree
     for sequence in CheckingEngine(scheduler, runner).run(plan):
-        tree = plan.tree
         for row in tree.rows[tree.row_offsets[sequence.leaf] : tree.row_offsets[sequence.leaf + 1]]:
             assert row not in answers, f"row {row} left twice"
             answers[int(row)] = sequence
     assert pool.num_used == 0, "blocks left behind"
     return plan, answers, scheduler, runner
-
-
-ROWS = st.lists(
-    st.tuples(
-        st.lists(st.integers(0, 1), min_size=1, max_size=20),
-        st.integers(1, 16),
-    ),
-    min_size=1,
-    max_size=20,
-)
 
 
 @given(
@@ -107,7 +61,9 @@ def test_every_row_is_answered_right_whatever_the_memory(
         max_num_seqs=1,
     )
     plan = plan_requests(reqs, policy=policy, sharing=share)
-    need = max(probe.blocks_alone(s) for s in probe.add(plan))  # the least that fits every row
+    assert probe.add(plan) == []
+    # The least that fits every row:
+    need = max(probe.blocks_alone(leaf) for leaf in range(plan.tree.num_leaves))
     _, answers, scheduler, runner = run(
         reqs,
         num_blocks=need + spare,
@@ -120,7 +76,7 @@ def test_every_row_is_answered_right_whatever_the_memory(
     assert len(answers) == len(rows)
     for i, (prompt, max_tokens) in enumerate(rows):
         expected = expected_answer(prompt, max_tokens, ignore_eos=ignore_eos)
-        assert answers[i].output_token_ids == expected
+        assert answers[i].output_token_ids.tolist() == expected
         assert answers[i].finish_reason == (
             "stop" if expected[-1] in EOS and not ignore_eos else "length"
         )
@@ -152,19 +108,21 @@ def test_wrong_estimates_are_repaired_by_preemption():
         max_num_seqs=64,
         eos_token_ids=EOS,
     )
-    for _ in range(100):
-        scheduler._lengths.observe(1, 40)
-    answers = {s.row_index: s for s in CheckingEngine(scheduler, FakeRunner(40, 4)).run(plan)}
+    scheduler.lengths.observe(np.ones(100), np.full(100, 40))
+    answers = {
+        int(plan.tree.leaf_row[s.leaf]): s
+        for s in CheckingEngine(scheduler, FakeRunner(40, 4)).run(plan)
+    }
     assert scheduler.stats.preemptions > 0
     for i, (prompt, max_tokens) in enumerate(rows):
-        assert answers[i].output_token_ids == expected_answer(prompt, max_tokens)
+        assert answers[i].output_token_ids.tolist() == expected_answer(prompt, max_tokens)
 
 
 def test_a_row_that_cannot_fit_is_an_error_and_costs_no_other():
     rows = [([1] * 30, 30), ([2, 3], 4)]
     _, answers, _, _ = run(requests(rows), num_blocks=5)
     assert answers[0].finish_reason == "error"
-    assert answers[1].output_token_ids == expected_answer([2, 3], 4)
+    assert answers[1].output_token_ids.tolist() == expected_answer([2, 3], 4)
 
 
 def test_one_step_holds_a_whole_tree_when_the_budget_allows():
@@ -202,50 +160,135 @@ def test_context_limit_ends_a_row():
     st.lists(
         st.tuples(st.integers(1, 12), st.integers(0, 6), st.integers(1, 12)), min_size=1, max_size=8
     ),
-    st.lists(st.tuples(st.integers(1, 4), st.integers(0, 7)), max_size=3),
     st.integers(1, 5),
+    st.integers(0, 20),
 )
-def test_projection_equals_a_step_by_step_simulation(sequences, nodes, block_size):
-    last = max(start + left for _, start, left in sequences)
-    finishes = [start + left for _, start, left in sequences]
-    nodes = [(b, finishes[i] if i < len(finishes) else last + 5) for b, i in nodes]
-    peak = 0
-    for step in range(1, last + 1):
-        used = sum(blocks for blocks, until in nodes if until >= step)
-        for private, start, left in sequences:
-            if step <= start + left:
-                used += -(-(private + max(0, step - start - 1)) // block_size)
-        peak = max(peak, used)
-    columns = np.array(sequences, dtype=np.int64).T
-    shared = np.array(nodes, dtype=np.int64).reshape(-1, 2).T
-    projection = Projection(columns[0], columns[1], columns[2], shared[0], shared[1])
-    assert projection.peak_blocks(block_size) == peak
+def test_timeline_equals_a_step_by_step_count(sequences, block_size, passed):
+    """Sequences added and taken back, with some steps in between."""
+    timeline = Timeline()
+    private, start, left = np.array(sequences, dtype=np.int64).T
+    finish = start + left - 1
+    events = sequence_events(private, start, finish, block_size)
+    first = int((-(-private // block_size)).sum())
+
+    def held(step):
+        grown = np.clip(step - start, 0, left - 1)
+        return int(np.where(step <= finish, -(-(private + grown) // block_size), 0).sum())
+
+    last = int(finish.max())
+    peak = max(held(step) for step in range(last + 1))
+    assert timeline.peak(events, first) == peak
+    timeline.add(np.array([0]), np.array([first]))
+    timeline.add(events.steps, events.amounts)
+    for step in range(passed):
+        timeline.advance(1)
+        assert timeline.held_in(step + 1) == held(step + 1)
+    assert timeline.peak() == max(held(step) for step in range(passed, passed + last + 2))
+    timeline.add(events.steps, -events.amounts)
+    timeline.add(np.array([0]), np.array([-first]))
+    assert timeline.peak() == 0 and timeline.held_in(passed + 50) == 0
 
 
 @given(
-    st.lists(st.tuples(st.integers(0, 12), st.integers(1, 9)), min_size=1, max_size=10),
+    st.integers(1, 60),
+    st.lists(st.integers(3, 14), max_size=10),
     st.integers(1, 9),
 )
-def test_first_samples_equal_a_step_by_step_simulation(sequences, budget):
-    pending = [p for p, _ in sequences]
-    left = [r for _, r in sequences]
-    start = [0 if p == 0 else None for p in pending]
-    step = 0
-    while None in start:
+def test_first_sample_step_equals_a_step_by_step_simulation(tokens, finishes, budget):
+    now, left, step = 3, tokens, 3
+    while left > 0:
         step += 1
-        decodes = [i for i, p in enumerate(pending) if p == 0 and left[i] > 0]
-        room = max(0, budget - len(decodes))
-        for i, tokens in enumerate(pending):
-            taken = min(room, tokens)
-            pending[i] -= taken
-            room -= taken
-            if tokens and not pending[i]:
-                start[i] = step - 1
-                left[i] -= 1
-        for i in decodes:
-            left[i] -= 1
-    prefill, remaining = np.array(sequences).T
-    assert first_sample_steps(prefill, remaining, budget).tolist() == start
+        left -= max(0, budget - sum(finish >= step for finish in finishes))
+    assert first_sample_step(tokens, np.array(finishes, dtype=np.int64), budget, now) == step
+
+
+@given(st.data())
+@settings(max_examples=200)
+def test_child_counts_tell_which_nodes_have_a_member(data):
+    parents = data.draw(st.lists(st.integers(-1, 12), min_size=1, max_size=14))
+    parent = np.array([min(p, i - 1) for i, p in enumerate(parents)], dtype=np.int64)
+    leaves = np.setdiff1d(np.arange(len(parent)), parent)
+    count, members = ChildCount(parent), set()
+
+    def ancestors(segment):
+        found = []
+        while (segment := int(parent[segment])) >= 0:
+            found.append(segment)
+        return found
+
+    for _ in range(4):
+        some = np.array(sorted(data.draw(st.sets(st.sampled_from(leaves.tolist())))), np.int64)
+        before = {a for m in members for a in ancestors(m)}
+        adding = data.draw(st.booleans())
+        some = some[np.isin(some, list(members), invert=adding)]
+        changed = count.add(some) if adding else count.remove(some)
+        members = members | set(some.tolist()) if adding else members - set(some.tolist())
+        after = {a for m in members for a in ancestors(m)}
+        assert len(changed) == len(set(changed.tolist()))
+        assert set(changed.tolist()) == before ^ after
+        assert set(np.flatnonzero(count.children).tolist()) == after
+        if not adding:  # descendants first
+            place = {node: i for i, node in enumerate(changed.tolist())}
+            assert all(
+                place[n] < place[a] for n in place for a in ancestors(n) if a in place
+            )
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=60))
+def test_block_tables_keep_everyones_blocks(moves):
+    pool = BlockPool(40, 4)
+    tables, held = BlockTables(pool, 10), {owner: [] for owner in range(10)}
+    for owner, blocks in moves:
+        who = np.array([owner, (owner + 1) % 10])
+        if blocks == 0:
+            tables.release(who)
+            held |= {int(w): [] for w in who}
+            continue
+        wanted = np.maximum([blocks, blocks // 2], [len(held[int(w)]) for w in who])
+        if (wanted - tables.num_held[who]).sum() > pool.num_free:
+            continue
+        tables.grow(who, wanted)
+        for w, count, row in zip(who.tolist(), wanted, tables.gather(who), strict=True):
+            assert row[: len(held[w])].tolist() == held[w], "blocks moved"
+            held[w] = row[:count].tolist()
+        pool.check(tables.held())
+    assert sorted(tables.held().tolist()) == sorted(b for blocks in held.values() for b in blocks)
+
+
+def test_block_tables_take_more_owners_than_they_had_rows_for():
+    pool = BlockPool(1000, 4)
+    tables = BlockTables(pool, 500)
+    tables.grow(np.arange(500), np.full(500, 2))
+    assert np.unique(tables.gather(np.arange(500))).size == 1000
+    tables.release(np.arange(0, 500, 2))
+    tables.grow(np.arange(0, 40, 2), np.full(20, 20))
+    pool.check(tables.held())
+
+
+def test_repeated_decodes_stand_for_single_ones():
+    """A batch that stands for several steps leaves the scheduler as those steps would."""
+    rows = [([1, 2, 3, i], 9 + 3 * i) for i in range(5)]
+
+    def steps(ends):
+        plan = plan_requests(requests(rows, ignore_eos=True))
+        scheduler = Scheduler(
+            BlockPool(60, 2), max_model_len=64, max_num_batched_tokens=16, max_num_seqs=8
+        )
+        scheduler.add(plan)
+        done, seen = [], []
+        while scheduler.has_unfinished:
+            batch = scheduler.schedule(ends)
+            seen.append(batch.num_steps)
+            tokens = np.zeros(len(batch.samples), dtype=np.int32)
+            finished = scheduler.update(batch, StepOutput(tokens))
+            done += [(s.leaf, len(s.output_token_ids)) for s in finished]
+            scheduler.check()
+        return done, sum(seen), len(seen), scheduler.stats, scheduler.pool.peak_used
+
+    one, many = steps(None), steps(np.array([max_tokens for _, max_tokens in rows]))
+    assert many[2] < one[2] == one[1]
+    assert (one[0], one[1], one[3]) == (many[0], many[1], many[3])
+    assert many[4] >= one[4]
 
 
 @given(st.lists(st.integers(0, 7), max_size=200))
@@ -256,25 +299,41 @@ def test_pool_keeps_its_books(moves):
             held.append(pool.allocate(move))
         elif held:
             pool.free(held.pop(move % len(held)))
-        flat = [b for blocks in held for b in blocks]
+        flat = np.concatenate([np.zeros(0, np.int32), *held])
         pool.check(flat)
         assert pool.num_used == len(flat) <= pool.peak_used
 
 
 def test_pool_notices_a_double_free():
     pool = BlockPool(2, 4)
-    blocks = pool.allocate(1)
+    blocks = pool.allocate(2)
     pool.free(blocks)
     with pytest.raises(AssertionError, match="twice"):
         pool.free(blocks)
 
 
+def remaining(lengths, num_outputs, *, known=False):
+    each = np.array([num_outputs])
+    return int(lengths.remaining(each, np.array([100]), np.array([known]))[0])
+
+
 def test_lengths_are_learned_and_bounded():
     lengths = LengthEstimator()
-    assert lengths.remaining(0, 100, ignore_eos=False) == 100
-    for _ in range(3000):
-        lengths.observe(20, 100)
-    assert lengths.remaining(0, 100, ignore_eos=False) == 20
-    assert lengths.remaining(15, 100, ignore_eos=False) == 5
-    assert lengths.remaining(50, 100, ignore_eos=False) == 1
-    assert lengths.remaining(50, 100, ignore_eos=True) == 50
+    assert remaining(lengths, 0) == 100
+    for _ in range(30):
+        lengths.observe(np.full(100, 20), np.full(100, 100))
+    assert remaining(lengths, 0) == 20
+    assert remaining(lengths, 15) == 5
+    assert remaining(lengths, 40) == 40  # outlived all: as long again
+    assert remaining(lengths, 70) == 30
+    assert remaining(lengths, 50, known=True) == 50
+
+
+def test_lengths_are_expected_of_those_that_got_as_far():
+    lengths = LengthEstimator()
+    lengths.observe(np.array([10, 90] * 500), np.full(1000, 100))
+    mean, deviation = 50, 40
+    assert remaining(lengths, 0) == mean + deviation / 4
+    assert remaining(lengths, 10) == 80
+    lengths.observe(np.full(5000, 30), np.full(5000, 100))  # only the recent count
+    assert remaining(lengths, 0) == 30

@@ -1,0 +1,62 @@
+"""From what a step computes to the arrays that cross to the runner."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from batchllm.cache.block_table import BlockTables
+from batchllm.scheduler.batch import Batch, Chunks, Samples, SharedReads
+from batchllm.scheduler.state import Segments
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Tokens to compute: `counts[i]` more of `segments[i]`, from its `num_computed` on, [n].
+
+    `samples[i]`: it is a sequence, and this completes it, so that a token is sampled.
+    """
+
+    segments: Ints
+    counts: Ints
+    samples: NDArray[np.bool_]
+
+
+def assemble(
+    state: Segments, tables: BlockTables, nodes: Ints, work: Work, offset: Ints, num_decodes: int
+) -> Batch:
+    """One step's batch.
+
+    Args:
+        state: the run state.
+        tables: the segments' blocks, those for this step's tokens included.
+        nodes: the nodes above the sequences that run, ascending.
+        work: what to compute, segments ascending.
+        offset: tokens of each segment computed before this step, [n].
+        num_decodes: how many of the chunks are decodes.
+    """
+    segments = work.segments
+    begin = np.searchsorted(segments, nodes, side="right")
+    end = np.searchsorted(segments, state.subtree_end[nodes], side="left")
+    read = end > begin
+    nodes = nodes[read]
+    sampling = np.flatnonzero(work.samples)
+    sequences = segments[sampling]
+    return Batch(
+        token_ids=state.token_ids(segments, offset, work.counts),
+        chunks=Chunks(work.counts, state.start[segments] + offset, offset),
+        shared=SharedReads(begin[read], end[read], state.start[nodes], state.length[nodes]),
+        tables=tables.gather(np.concatenate([segments, nodes])),
+        samples=Samples(
+            chunk=sampling,
+            sequence=sequences,
+            leaf=state.leaf[sequences],
+            row_index=state.row_index[sequences],
+            output_position=state.num_outputs[sequences],
+            params_index=state.params_index[sequences],
+            params=state.params,
+        ),
+        num_decodes=num_decodes,
+    )

@@ -1,0 +1,79 @@
+"""What a scheduler is to whoever drives it."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from batchllm.prefix.plan import PrefixPlan
+from batchllm.scheduler.batch import Batch, FinishedSequence, StepOutput
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(slots=True)
+class SchedulerStats:
+    """What a scheduler did, in tokens and events; adds up over windows.
+
+    `computed_prompt_tokens` is all work on prompts, repeats after preemption included;
+    `recomputed_tokens` is what was repeated, of prompts and of answers.
+    """
+
+    steps: int = 0
+    computed_prompt_tokens: int = 0
+    recomputed_tokens: int = 0
+    preemptions: int = 0
+
+    def since(self, before: "SchedulerStats") -> "SchedulerStats":
+        """What was added since a copy was taken."""
+        return SchedulerStats(
+            self.steps - before.steps,
+            self.computed_prompt_tokens - before.computed_prompt_tokens,
+            self.recomputed_tokens - before.recomputed_tokens,
+            self.preemptions - before.preemptions,
+        )
+
+
+class StepScheduler(Protocol):
+    """Turns a planned window into one batch a step."""
+
+    stats: SchedulerStats
+
+    def add(self, plan: PrefixPlan) -> list[FinishedSequence]:
+        """Queue a window; the last one must be finished.
+
+        Returns the sequences that could not run even alone in the pool, with the reason "error".
+        """
+        ...
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether any sequence waits or runs."""
+        ...
+
+    def schedule(self, ends: Ints | None = None) -> Batch:
+        """Choose the next step's tokens; never none while work is left.
+
+        Who knows after how many outputs each leaf ends (`ends`, [num_leaves]; a simulator does)
+        may be given a batch of decodes that stands for several steps, in which nothing ends and
+        nothing can join.
+        """
+        ...
+
+    def update(self, batch: Batch, output: StepOutput) -> list[FinishedSequence]:
+        """Append the sampled tokens; returns the sequences that are finished by them."""
+        ...
+
+    def blocks_alone(self, leaf: int) -> int:
+        """Blocks a leaf needs to its longest end, with nothing else in the pool."""
+        ...
+
+    @property
+    def peak_kv_blocks(self) -> int:
+        """The most blocks that were ever in use at once."""
+        ...
+
+    def check(self) -> None:
+        """Assert its own books (for tests)."""
+        ...

@@ -1,0 +1,108 @@
+"""What crosses between scheduler and runner: plain arrays."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from batchllm.request import FinishReason, SamplingParams, TokenIds
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """Runs of consecutive tokens, each of one KV segment, computed in one step; all [num_chunks].
+
+    Chunk i has `count[i]` tokens, the first of them at position `start[i]` of its prompt. They go
+    into the blocks `Batch.tables[i]` from place `offset[i]` on (in tokens), and attend, causally,
+    to what these hold and to themselves.
+    """
+
+    count: Ints
+    start: Ints
+    offset: Ints
+
+    def __len__(self) -> int:
+        return len(self.count)
+
+
+@dataclass(frozen=True, slots=True)
+class SharedReads:
+    """Shared segments that chunks attend to as a whole; all [num_shared].
+
+    All tokens of the chunks `[chunk_begin[i], chunk_end[i])` attend to the `length[i]` tokens, at
+    positions `start[i]` and on, that are in the blocks `Batch.tables[num_chunks + i]`.
+    """
+
+    chunk_begin: Ints
+    chunk_end: Ints
+    start: Ints
+    length: Ints
+
+    def __len__(self) -> int:
+        return len(self.length)
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """The tokens to sample after a step; all [num_samples] but `params`.
+
+    The last token of chunk `chunk[i]` gives output `output_position[i]` (0 for the first) of the
+    row `row_index[i]`, sampled by `params[params_index[i]]`. `leaf[i]` is who it is for in the
+    plan, and `sequence[i]` in the scheduler's own numbers.
+    """
+
+    chunk: Ints
+    sequence: Ints
+    leaf: Ints
+    row_index: Ints
+    output_position: Ints
+    params_index: Ints
+    params: list[SamplingParams]
+
+    def __len__(self) -> int:
+        return len(self.chunk)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step's work: chunks in depth-first order, so a shared segment's readers are contiguous.
+
+    `token_ids` int32 [num_tokens] are the chunks' tokens one behind the other; `tables` int32
+    [num_chunks + num_shared, widest] the blocks of chunks and shared segments. With `num_steps`
+    above 1 the batch is that many steps of one decode each, of which this is the first.
+    """
+
+    token_ids: TokenIds
+    chunks: Chunks
+    shared: SharedReads
+    tables: NDArray[np.int32]
+    samples: Samples
+    num_decodes: int
+    num_steps: int = 1
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of one step."""
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """The sampled token of every sample of the batch's last step, int32 [num_samples]."""
+
+    token_ids: TokenIds
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedSequence:
+    """A leaf that is answered, for one row or for duplicates.
+
+    `num_fresh_prompt_tokens` of its prompt were computed for it; the rest had been for others.
+    """
+
+    leaf: int
+    output_token_ids: TokenIds
+    finish_reason: FinishReason
+    num_fresh_prompt_tokens: int

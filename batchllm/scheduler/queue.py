@@ -1,0 +1,35 @@
+"""Who is admitted next."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+
+
+class AdmissionQueue:
+    """Sequences in their policy's order; preempted ones come back to the head."""
+
+    def __init__(self, order: Ints) -> None:
+        self._order = order
+        self._next = 0
+        self._returned: list[int] = []  # the last one returned is the head
+
+    def __len__(self) -> int:
+        return len(self._returned) + len(self._order) - self._next
+
+    def peek(self, limit: int) -> Ints:
+        """The first `limit` sequences, fewer at the end of the queue."""
+        returned = self._returned[::-1][:limit]
+        rest = self._order[self._next : self._next + limit - len(returned)]
+        return np.concatenate([np.array(returned, dtype=np.int64), rest]) if returned else rest
+
+    def pop(self, count: int) -> None:
+        """Remove the first `count`."""
+        returned = min(count, len(self._returned))
+        if returned:
+            del self._returned[-returned:]
+        self._next += count - returned
+
+    def put_back(self, sequence: int) -> None:
+        """Make a preempted sequence the head."""
+        self._returned.append(sequence)

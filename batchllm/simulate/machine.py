@@ -1,0 +1,109 @@
+"""What a machine can do."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from batchllm.errors import UsageError
+from batchllm.simulate.shape import ModelShape
+
+_KV_SHARE = 0.9  # of the memory that the weights leave; the rest is activations
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """Rates that the cost model goes by; reached in practice, not on the datasheet.
+
+    `gemm_rates` are FLOP/s of the model's matrix products by tokens in the step, as (tokens,
+    rate), ascending; between them the rate is interpolated over the logarithm of the tokens, and
+    outside it is the nearest one's. `attention_rate` is FLOP/s of attention over long segments,
+    `bandwidth` bytes/s of memory, `step_seconds` what a step costs whatever is in it, and
+    `token_seconds` what a token costs beyond its products. `memory` is in bytes.
+    `max_num_batched_tokens` is the step's budget that suits it; the `streaming_…` limits are vLLM
+    0.32's own defaults for offline use there.
+    """
+
+    name: str
+    gemm_rates: tuple[tuple[int, float], ...]
+    attention_rate: float
+    bandwidth: float
+    memory: int
+    step_seconds: float
+    token_seconds: float = 0.0
+    max_num_batched_tokens: int = 2048
+    streaming_batched_tokens: int = 8192
+    streaming_num_seqs: int = 256
+
+    @property
+    def best_gemm_rate(self) -> float:
+        """FLOP/s of large products: what the bound goes by."""
+        return max(rate for _, rate in self.gemm_rates)
+
+    def gemm_rate(self, num_tokens: float) -> float:
+        """FLOP/s of a product over `num_tokens` rows."""
+        tokens, rates = zip(*self.gemm_rates, strict=True)
+        return float(np.interp(np.log(max(num_tokens, 1)), np.log(tokens), rates))
+
+    def kv_tokens(self, shape: ModelShape) -> int:
+        """Tokens whose KV fits beside the weights.
+
+        Raises:
+            UsageError: the weights do not fit.
+        """
+        left = self.memory - shape.weight_bytes
+        if left <= 0:
+            raise UsageError(
+                f"the model's {shape.weight_bytes / 2**30:.1f} GiB of weights do not fit "
+                f"{self.name}'s {self.memory / 2**30:.0f} GiB"
+            )
+        return int(left * _KV_SHARE / shape.kv_bytes_per_token)
+
+
+def _gpu(name: str, flops: float, bandwidth: float, memory: float, limits: tuple[int, int]) -> Machine:
+    """A GPU from its datasheet: dense bfloat16 FLOP/s, bytes/s, GB.
+
+    Reached are about 70 % of a large product's FLOP/s, half of that in attention, and 85 % of the
+    bandwidth; small products are bound by reading the weights, which the cost model adds itself.
+    A step's launches and index arrays take 2 ms where a CUDA graph does not hold them.
+    """
+    return Machine(
+        name=name,
+        gemm_rates=((1, 0.6 * flops), (256, 0.6 * flops), (2048, 0.7 * flops)),
+        attention_rate=0.35 * flops,
+        bandwidth=0.85 * bandwidth,
+        memory=int(memory * 1e9),
+        step_seconds=2e-3,
+        max_num_batched_tokens=8192,
+        streaming_batched_tokens=limits[0],
+        streaming_num_seqs=limits[1],
+    )
+
+
+MACHINES: dict[str, Machine] = {
+    "h100": _gpu("h100", 989e12, 3.35e12, 80, (16384, 1024)),
+    "h200": _gpu("h200", 989e12, 4.8e12, 141, (16384, 1024)),
+    "a100": _gpu("a100", 312e12, 2.04e12, 80, (8192, 256)),
+    # Two AVX-512 cores with bfloat16 dot products, torch 2.13 (`batchllm bench --calibrate`).
+    "cpu": Machine(
+        name="cpu",
+        gemm_rates=((16, 215e9), (32, 313e9), (64, 374e9), (128, 503e9), (256, 551e9)),
+        attention_rate=100e9,
+        bandwidth=34e9,
+        memory=8 << 30,
+        step_seconds=5e-3,
+        streaming_batched_tokens=4096,
+    ),
+}
+
+
+def get_machine(name: str, more: Sequence[Machine] = ()) -> Machine:
+    """Look a machine up, among the built-in ones and `more`.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    known = MACHINES | {machine.name: machine for machine in more}
+    if name not in known:
+        raise UsageError(f"no machine named {name!r}; there are: {', '.join(known)}")
+    return known[name]

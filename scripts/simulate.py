@@ -1,0 +1,124 @@
+"""Simulates workloads on machines under every policy, and writes the table that is kept.
+
+    .venv/bin/python scripts/simulate.py --out SIMULATIONS.md
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from batchllm.prefix.policies.registry import AUTO, STREAMING
+from batchllm.report.prompts import Prompts
+from batchllm.report.simulation import SimulationReport, TableSimulation
+from batchllm.request import RaggedTokens
+from batchllm.simulate.machine import get_machine
+from batchllm.simulate.shape import get_shape
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "datasets"))
+import blend  # noqa: E402
+import lengths  # noqa: E402
+import micro  # noqa: E402
+import tree  # noqa: E402
+
+PAPER = micro.MicroShape(groups=400, members=16, prefix=2000, own=200, output=100)
+MODEL = "llama-3.1-8b"
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A workload on a machine."""
+
+    name: str
+    machine: str
+    build: Callable[[], pa.Table]
+
+
+def cases() -> list[Case]:
+    """Everything in the table, in its order."""
+    found = [Case("micro 400x16, 2000/200/100", m, lambda: micro.build(PAPER)) for m in ("a100", "h100")]
+    found.append(
+        Case("tree 1,4,16,512", "h100", lambda: tree.build([1, 4, 16, 4096], [1024, 256, 128, 32]))
+    )
+    found += [
+        Case(f"blend {name}", "h100", lambda mix=mix: blend.build(mix))
+        for name, mix in blend.MIXES.items()
+    ]
+    found += [
+        Case(f"{trace}, sharing {share:.0%}", "h100", lambda t=trace, s=share: lengths.build(t, sharing=s))
+        for trace in ("lmsys", "sharegpt", "splitwise")
+        for share in (0.0, 0.05, 0.35, 0.85)
+    ]
+    return found
+
+
+def prompts_of(table: pa.Table) -> Prompts:
+    """A builder's table as prompts."""
+    column = table["token_ids"].combine_chunks()
+    offsets = column.offsets.to_numpy().astype(np.int64)
+    tokens = RaggedTokens(column.values.to_numpy(), offsets)
+    return Prompts(tokens, table["max_tokens"].to_numpy().astype(np.int64))
+
+
+def simulate(case: Case) -> SimulationReport:
+    """Run one case."""
+    simulation = TableSimulation(get_machine(case.machine), get_shape(MODEL))
+    simulation.add(prompts_of(case.build()))
+    return simulation.report
+
+
+def rows(case: Case, report: SimulationReport) -> list[str]:
+    """The case's lines of the table."""
+    streaming = next(o for o in report.outcomes if o.policy == STREAMING)
+    lines = []
+    for o in report.outcomes:
+        name = f"{o.policy} ({report.chosen[0]})" if o.policy == AUTO else o.policy
+        lines.append(
+            f"| {case.name} | {case.machine} | {name} | {o.saved_share:.1%} | {o.seconds:,.1f} "
+            f"| {o.bound_share:.1%} | {streaming.seconds / o.seconds:.2f} "
+            f"| {o.peak_kv_tokens / report.kv_tokens:.0%} | {o.preemptions:,} |"
+        )
+    return lines
+
+
+HEAD = f"""# Simulations
+
+Made by `scripts/simulate.py`: the real scheduler, with the cost model in the model's place
+(`batchllm/simulate/`), for {MODEL} in bfloat16. Answers' lengths are known. `streaming` is what vLLM
+does (first come, first served, LRU block cache, its own default limits). Time is in seconds; *of
+T_opt* is the bound's share (ARCHITECTURE.md); *x streaming* how many times faster than `streaming`.
+
+| workload | machine | policy | saved | time | of T_opt | x streaming | peak KV | preempted |
+|---|---|---|---:|---:|---:|---:|---:|---:|"""
+
+
+def main() -> None:
+    """Simulate every case that was asked for."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, help="write the table here")
+    parser.add_argument("--only", default="", help="cases whose name has this in it")
+    arguments = parser.parse_args()
+    lines = [HEAD]
+    for case in cases():
+        if arguments.only not in case.name:
+            continue
+        started = time.perf_counter()
+        report = simulate(case)
+        lines += rows(case, report)
+        steps = sum(o.steps for o in report.outcomes)
+        seconds = time.perf_counter() - started
+        print(f"{case.name} on {case.machine}: {seconds:.1f} s for {steps:,} steps", file=sys.stderr)
+    text = "\n".join(lines) + "\n"
+    if arguments.out:
+        arguments.out.write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

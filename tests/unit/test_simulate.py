@@ -1,0 +1,178 @@
+"""Cost model, bound and simulator, against definitions and each other."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from yardstick import load_bound
+
+from batchllm.cache.block_pool import BlockPool
+from batchllm.errors import UsageError
+from batchllm.prefix.plan import plan_tokens
+from batchllm.request import RaggedTokens, SamplingParams
+from batchllm.scheduler.scheduler import Scheduler
+from batchllm.scheduler.streaming import StreamingScheduler
+from batchllm.simulate.bound import bound
+from batchllm.simulate.cost import CostModel
+from batchllm.simulate.machine import Machine, get_machine
+from batchllm.simulate.shape import ModelShape, get_shape
+from batchllm.simulate.simulator import END_TOKEN, simulate
+
+yardstick = load_bound()
+
+SHAPE = ModelShape(
+    num_layers=2,
+    hidden_size=8,
+    intermediate_size=16,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+    vocab_size=32,
+)
+MACHINE = Machine(
+    name="toy",
+    gemm_rates=((1, 1e6), (100, 4e6)),
+    attention_rate=1e5,
+    bandwidth=1e6,
+    memory=1 << 20,
+    step_seconds=0.01,
+)
+ROWS = st.lists(
+    st.tuples(st.lists(st.integers(0, 1), min_size=1, max_size=20), st.integers(1, 12)),
+    min_size=1,
+    max_size=15,
+)
+
+
+def plan_of(rows, *, known=True, **options):
+    tokens = RaggedTokens.from_sequences([p for p, _ in rows])
+    lengths = sorted({m for _, m in rows})
+    params = [SamplingParams(max_tokens=m if known else 40, ignore_eos=known) for m in lengths]
+    index = np.array([lengths.index(m) for _, m in rows])
+    return plan_tokens(tokens, params, index, **options)
+
+
+def leaf_outputs(plan, rows):
+    return np.array([rows[row][1] for row in plan.tree.leaf_row])
+
+
+def scheduler_for(num_blocks=400, budget=24):
+    return Scheduler(
+        BlockPool(num_blocks, 4),
+        max_model_len=100,
+        max_num_batched_tokens=budget,
+        max_num_seqs=64,
+        eos_token_ids=frozenset({END_TOKEN}),
+    )
+
+
+def without_repeating(scheduler):
+    schedule = scheduler.schedule
+    scheduler.schedule = lambda ends=None: schedule()
+    return scheduler
+
+
+@given(rows=ROWS, known=st.booleans(), blocks=st.integers(20, 80), budget=st.integers(3, 60))
+@settings(max_examples=100, deadline=None)
+def test_batches_that_stand_for_several_steps_cost_what_these_cost(rows, known, blocks, budget):
+    plan = plan_of(rows, known=known)
+    outputs, costs = leaf_outputs(plan, rows), CostModel(MACHINE, SHAPE)
+    fast = simulate(plan, outputs, scheduler_for(blocks, budget), costs)
+    slow = simulate(plan, outputs, without_repeating(scheduler_for(blocks, budget)), costs)
+    assert fast.seconds == pytest.approx(slow.seconds, rel=1e-9)
+    assert (fast.steps, fast.output_tokens) == (slow.steps, slow.output_tokens)
+    assert fast.output_tokens == outputs.sum()
+    if known:
+        assert fast.preemptions == 0
+        assert fast.computed_prompt_tokens == plan.tree.num_tokens
+
+
+@given(rows=ROWS)
+@settings(max_examples=50, deadline=None)
+def test_streaming_batches_cost_what_their_steps_cost(rows):
+    plan = plan_of(rows, policy="table-order", sharing=False)
+    costs, outputs = CostModel(MACHINE, SHAPE), leaf_outputs(plan, rows)
+
+    def scheduler():
+        return StreamingScheduler(
+            30, 4, max_model_len=100, max_num_batched_tokens=24, max_num_seqs=6
+        )
+
+    fast = simulate(plan, outputs, scheduler(), costs)
+    slow = simulate(plan, outputs, without_repeating(scheduler()), costs)
+    assert fast.seconds == pytest.approx(slow.seconds, rel=1e-9)
+    assert (fast.steps, fast.output_tokens) == (slow.steps, slow.output_tokens)
+
+
+@given(rows=ROWS)
+@settings(deadline=None)
+def test_bound_equals_the_benchmarks_yardstick(rows):
+    rows = list({(*p, -1 - m): (p, m) for p, m in rows}.values())  # no exact duplicates
+    plan = plan_of(rows)
+    prompts = [np.array(p, np.int32) for p, _ in rows]
+    work = yardstick.measure(prompts, [m for _, m in rows])
+    model = yardstick.ModelShape(
+        layers=2, hidden=8, intermediate=16, q_heads=4, kv_heads=2, head_dim=4, vocab=32
+    )
+    rates = yardstick.Rates(flops=MACHINE.best_gemm_rate, bandwidth=MACHINE.bandwidth)
+    expected = yardstick.bound(model, work, rates, 64)
+    got = bound(plan.tree, leaf_outputs(plan, rows), MACHINE, SHAPE, 64)
+    assert got.gemm == pytest.approx(expected.gemm)
+    assert got.weight_read <= expected.weight_read * (1 + 1e-9)
+    if plan.tree.num_repeated_tokens == 0:
+        assert got.attention == pytest.approx(expected.attention)
+        assert got.kv_read == pytest.approx(expected.kv_read)
+        assert got.overlap == pytest.approx(expected.overlap)
+    else:
+        assert got.attention <= expected.attention
+        assert got.kv_read <= expected.kv_read
+
+
+@given(rows=ROWS, budget=st.integers(3, 60))
+@settings(max_examples=50, deadline=None)
+def test_nothing_simulated_beats_the_bound(rows, budget):
+    plan = plan_of(rows)
+    outputs = leaf_outputs(plan, rows)
+    run = simulate(plan, outputs, scheduler_for(400, budget), CostModel(MACHINE, SHAPE))
+    least = bound(plan.tree, outputs, MACHINE, SHAPE, 1600)
+    assert run.seconds >= least.overlap
+
+
+def test_a_step_costs_what_its_parts_cost():
+    """One prompt of 10 tokens, answered with two: a prefill and a decode."""
+    plan = plan_of([(list(range(10)), 2)])
+    run = simulate(plan, np.array([2]), scheduler_for(), CostModel(MACHINE, SHAPE))
+    body, head = SHAPE.body_parameters, SHAPE.head_parameters
+    prefill = max(2 * body * 10 / MACHINE.gemm_rate(10), 2 * body / 1e6)
+    decode = 2 * body / 1e6  # reading the weights takes longer
+    assert run.gemm_seconds == pytest.approx(prefill + decode)
+    assert run.head_seconds == pytest.approx(2 * max(2 * head / 1e6, 2 * head / 1e6))
+    flops, kv = SHAPE.attention_flops, SHAPE.kv_bytes_per_token
+    reads = [max(pairs * flops / 1e5, tokens * kv / 1e6) for pairs, tokens in ((55, 10), (11, 11))]
+    assert run.attention_seconds == pytest.approx(sum(reads))
+    assert run.overhead_seconds == pytest.approx(2 * 0.01)
+
+
+def test_rates_are_interpolated():
+    assert MACHINE.gemm_rate(1) == 1e6
+    assert MACHINE.gemm_rate(10) == pytest.approx(2.5e6)
+    assert MACHINE.gemm_rate(1e9) == MACHINE.best_gemm_rate == 4e6
+
+
+def test_unknown_names_say_what_there_is():
+    with pytest.raises(UsageError, match="h100"):
+        get_machine("tpu")
+    with pytest.raises(UsageError, match=r"llama-3\.1-8b"):
+        get_shape("gpt-2")
+
+
+def test_shapes_have_the_published_sizes():
+    """Within 2 % of the models' published parameter counts (with one embedding matrix)."""
+    for name, millions in (("smollm2-135m", 134.5), ("llama-3.2-1b", 1236), ("llama-3.1-8b", 7505)):
+        shape = get_shape(name)
+        assert shape.body_parameters + shape.head_parameters == pytest.approx(millions * 1e6, rel=0.02)
+
+
+def test_a_model_that_does_not_fit_is_refused():
+    with pytest.raises(UsageError, match="do not fit"):
+        MACHINE.kv_tokens(get_shape("llama-3.1-8b"))
