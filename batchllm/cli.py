@@ -258,11 +258,11 @@ def plan(
     had --max-tokens tokens (or what --max-tokens-column says).
     """
     with _errors_as_exit_codes("interrupted"):
+        from batchllm.config import parse_size
         from batchllm.io.parquet import ParquetInput
         from batchllm.io.ranges import pending
         from batchllm.models.checkpoint import open_checkpoint
         from batchllm.models.locate import resolve
-        from batchllm.config import parse_size
         from batchllm.report.plan import report_plan
         from batchllm.report.simulation import TableSimulation
         from batchllm.simulate.machine import get_machine
@@ -291,23 +291,25 @@ def plan(
         )
         ranges = pending(min(source.num_rows, limit or source.num_rows), [], window_rows)
         tables = (window.table for window in source.windows(ranges))
-        if not simulate:
-            report = report_plan(tables, builder, tokenizer, max_tokens=max_tokens)
-            typer.echo(json.dumps(report.as_dict(), indent=2) if as_json else report.as_text())
-            return
         shape = shape_of(checkpoint.config, "bfloat16")
         if model_shape is not None:
             shape = get_shape(model_shape)
         room = None if kv_memory is None else int(parse_size(kv_memory) / shape.kv_bytes_per_token)
         simulation = TableSimulation(get_machine(machine), shape, kv_tokens=room)
         report = report_plan(
-            tables, builder, tokenizer, max_tokens=max_tokens, also=simulation.add
+            tables,
+            builder,
+            tokenizer,
+            max_tokens=max_tokens,
+            kv_tokens=simulation.report.kv_tokens,
+            also=simulation.add if simulate else lambda prompts: None,
         )
+        simulated = simulation.report if simulate else None
         if as_json:
-            both = report.as_dict() | {"simulation": simulation.report.as_dict()}
-            typer.echo(json.dumps(both, indent=2))
+            extra = {"simulation": simulated.as_dict()} if simulated else {}
+            typer.echo(json.dumps(report.as_dict() | extra, indent=2))
         else:
-            typer.echo(f"{report.as_text()}\n\n{simulation.report.as_text()}")
+            typer.echo(report.as_text() + (f"\n\n{simulated.as_text()}" if simulated else ""))
 
 
 @app.command()

@@ -59,9 +59,10 @@ def run_case(shape: str, rows: int) -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     count = len(tokens.values)
     saved = 1 - plan.tree.num_distinct_prefixes / count
+    memory = (peak - before) / tokens.values.nbytes
     print(
         f"| {shape} | {rows:,} | {count / 1e6:.1f} | {saved:.1%} | {plan.tree.num_nodes:,} "
-        f"| {seconds:.2f} | {seconds / count * 1e9:.1f} | {(peak - before) / tokens.values.nbytes:.2f} |",
+        f"| {seconds:.2f} | {seconds / count * 1e9:.1f} | {memory:.2f} |",
         flush=True,
     )
 
@@ -76,7 +77,7 @@ def main() -> None:
     if arguments.case:
         run_case(arguments.case[0], int(arguments.case[1]))
         return
-    print("| shape | rows | million tokens | saved | nodes | seconds | ns/token | memory over tokens |")
+    print("| shape | rows | Mtokens | saved | nodes | seconds | ns/token | memory over tokens |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|", flush=True)
     for shape in arguments.shapes:
         for rows in arguments.rows:

@@ -8,7 +8,9 @@ import numpy as np
 import pyarrow as pa
 
 from batchllm.prefix.plan import PrefixGroup, biggest_groups
-from batchllm.prefix.tree import build_tree
+from batchllm.prefix.tree import Ints, build_tree
+from batchllm.report.bars import by_powers
+from batchllm.report.lru import LRUReplay
 from batchllm.report.prompts import Prompts
 from batchllm.request import RaggedTokens
 from batchllm.text.prompts import PromptBuilder
@@ -33,7 +35,9 @@ class PlanReport:
     """Counts over all windows. Tokens are prompt tokens.
 
     `computed_tokens` is what a run computes; `distinct_prefixes` what it could not go below;
-    `errors` counts failed rows by code.
+    `errors` counts failed rows by code. `saved_by_rows` and `saved_by_depth` are the tokens that
+    shared prefixes save, by the power of two at or below how many rows share one, or the position
+    where it ends. `lru_saved_share` is what an LRU cache of `lru_kv_tokens` would have saved.
     """
 
     rows: int = 0
@@ -45,6 +49,10 @@ class PlanReport:
     longest_prompt: int = 0
     errors: dict[str, int] = field(default_factory=dict)
     prefixes: list[SharedPrefix] = field(default_factory=list)
+    saved_by_rows: dict[int, int] = field(default_factory=dict)
+    saved_by_depth: dict[int, int] = field(default_factory=dict)
+    lru_saved_share: float | None = None
+    lru_kv_tokens: int | None = None
 
     @property
     def saved_share(self) -> float:
@@ -66,8 +74,13 @@ class PlanReport:
             f"  distinct         {self.distinct_prefixes:>14,}",
             f"  to compute       {self.computed_tokens:>14,}",
             f"  saved            {self.saved_share:>14.1%}",
-            f"longest prompt     {self.longest_prompt:>14,}",
         ]
+        if self.lru_saved_share is not None:
+            lines.append(
+                f"  by an LRU cache  {self.lru_saved_share:>14.1%}  in table order, "
+                f"with KV memory for {self.lru_kv_tokens:,} tokens"
+            )
+        lines.append(f"longest prompt     {self.longest_prompt:>14,}")
         if self.prefixes:
             lines += ["", "prefixes that save most"]
             lines += [
@@ -75,6 +88,12 @@ class PlanReport:
                 f"{p.num_tokens:,} tokens ending …{p.text!r}"
                 for p in self.prefixes
             ]
+        for title, unit, amounts in (
+            ("saved tokens, by how many rows share a prefix", "rows  ", self.saved_by_rows),
+            ("saved tokens, by where the shared prefix ends", "tokens", self.saved_by_depth),
+        ):
+            if chart := by_powers(title, unit, amounts):
+                lines += ["", *chart]
         return "\n".join(lines)
 
 
@@ -101,9 +120,7 @@ def read_prompts(
         yield Prompts(tokens, outputs)
 
 
-def add_window(
-    report: PlanReport, prompts: Prompts, tokenizer: Tokenizer, *, top: int = 5
-) -> None:
+def add_window(report: PlanReport, prompts: Prompts, tokenizer: Tokenizer, *, top: int = 5) -> None:
     """Plan a window as a greedy run would, and add it up."""
     tree = build_tree(prompts.tokens, prompts.output_tokens)
     report.duplicate_rows += tree.num_rows - tree.num_leaves
@@ -111,6 +128,10 @@ def add_window(
     report.computed_tokens += tree.num_tokens
     report.distinct_prefixes += tree.num_distinct_prefixes
     report.longest_prompt = max(report.longest_prompt, int(prompts.tokens.lengths.max()))
+    rows = tree.row_offsets[tree.node_leaf_end] - tree.row_offsets[tree.node_leaf_begin]
+    saved = (rows - 1) * (tree.node_end - tree.node_start)
+    _add_by_power(report.saved_by_rows, rows, saved)
+    _add_by_power(report.saved_by_depth, tree.node_end, saved)
     report.prefixes += [
         _show(group, prompts.tokens[group.example_row], tokenizer)
         for group in biggest_groups(tree, top)
@@ -124,14 +145,29 @@ def report_plan(
     tokenizer: Tokenizer,
     *,
     max_tokens: int = 256,
+    kv_tokens: int | None = None,
     also: Callable[[Prompts], None] = lambda prompts: None,
 ) -> PlanReport:
-    """Plan each window's table and add the windows up; `also` sees each window's prompts."""
-    report = PlanReport()
+    """Plan each window's table and add the windows up; `also` sees each window's prompts.
+
+    With `kv_tokens`, an LRU cache of that size is compared with.
+    """
+    report = PlanReport(lru_kv_tokens=kv_tokens)
+    replay = None if kv_tokens is None else LRUReplay(kv_tokens)
     for prompts in read_prompts(tables, builder, max_tokens, report):
         add_window(report, prompts, tokenizer)
+        if replay is not None:
+            replay.add(prompts.tokens)
+            report.lru_saved_share = replay.saved_share
         also(prompts)
     return report
+
+
+def _add_by_power(amounts: dict[int, int], sizes: Ints, saved: Ints) -> None:
+    powers = np.floor(np.log2(np.maximum(sizes, 1))).astype(np.int64)
+    for power, amount in enumerate(np.bincount(powers, weights=saved).tolist()):
+        if amount:
+            amounts[power] = amounts.get(power, 0) + int(amount)
 
 
 def _show(group: PrefixGroup, prompt: np.ndarray[Any, Any], tokenizer: Tokenizer) -> SharedPrefix:

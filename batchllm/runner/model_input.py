@@ -84,7 +84,9 @@ def _attention_items(batch: Batch, ends: Ints, block_size: int) -> AttentionItem
     num_blocks = -(-kv_len // block_size)
     in_table = np.arange(batch.tables.shape[1]) < num_blocks[:, None]
     return AttentionItems(
-        query_begin=np.concatenate([ends - chunks.count, (ends - chunks.count)[shared.chunk_begin]]),
+        query_begin=np.concatenate(
+            [ends - chunks.count, (ends - chunks.count)[shared.chunk_begin]]
+        ),
         query_end=np.concatenate([ends, ends[shared.chunk_end - 1]]),
         kv_start=np.concatenate([chunks.start - chunks.offset, shared.start]),
         kv_len=kv_len,

@@ -84,7 +84,9 @@ class Segments:
     def token_ids(self, segments: Ints, begin: Ints, count: Ints) -> TokenIds:
         """Tokens `[begin, begin + count)` of each segment, prompt then output, flat."""
         ends = np.cumsum(count)
-        within = np.arange(int(ends[-1]) if len(ends) else 0) + np.repeat(begin - ends + count, count)
+        within = np.arange(int(ends[-1]) if len(ends) else 0) + np.repeat(
+            begin - ends + count, count
+        )
         who = np.repeat(segments, count)
         output = within - self.length[who]
         prompt = output < 0

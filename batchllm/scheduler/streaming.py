@@ -10,7 +10,14 @@ from batchllm.prefix.plan import PrefixPlan
 from batchllm.prefix.sorting import common_prefix_lengths, sort_sequences
 from batchllm.request import FinishReason, RaggedTokens
 from batchllm.scheduler.base import SchedulerStats
-from batchllm.scheduler.batch import Batch, Chunks, FinishedSequence, Samples, SharedReads, StepOutput
+from batchllm.scheduler.batch import (
+    Batch,
+    Chunks,
+    FinishedSequence,
+    Samples,
+    SharedReads,
+    StepOutput,
+)
 from batchllm.scheduler.state import OutputTokens
 
 Ints = NDArray[np.int64]
@@ -232,7 +239,9 @@ class StreamingScheduler:
         tables = np.zeros((len(rows), max(map(len, blocks))), dtype=np.int32)
         for table, ids in zip(tables, blocks, strict=True):
             table[: len(ids)] = ids
-        sampling = np.flatnonzero(self._pending(rows) == 1 - steps)  # repeated steps are counted already
+        sampling = np.flatnonzero(
+            self._pending(rows) == 1 - steps
+        )  # repeated steps are counted already
         sequences = rows[sampling]
         plan = self._plan
         return Batch(

@@ -32,9 +32,7 @@ def sequence_events(private: Ints, start: Ints, finish: Ints, block_size: int) -
     # Token number b * block_size + 1 opens a block; token private + j is held from start + j on.
     opened = (np.repeat(first, gained) + each) * block_size + 1
     steps = np.repeat(start - private, gained) + opened
-    return Events(
-        np.concatenate([steps, finish + 1]), np.concatenate([np.ones_like(steps), -last])
-    )
+    return Events(np.concatenate([steps, finish + 1]), np.concatenate([np.ones_like(steps), -last]))
 
 
 class Timeline:

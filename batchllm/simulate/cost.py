@@ -27,9 +27,9 @@ class CostModel:
     """A step's time, from what is in the batch.
 
     The products of the body and of the head, each bound by arithmetic or by reading the weights;
-    then attention, each segment bound by arithmetic over all its queries or by reading it once;
-    one after the other, as engines that do not overlap kernels run them (NanoFlow does, and would
-    come nearer to the bound).
+    then attention, bound by arithmetic over all queries or by reading each segment once: segment by
+    segment, or all together where one launch takes them all. One after the other, as engines that
+    do not overlap kernels run them (NanoFlow does, and would come nearer to the bound).
     """
 
     def __init__(self, machine: Machine, shape: ModelShape) -> None:
@@ -54,21 +54,22 @@ class CostModel:
         return max(arithmetic, parameters * self._shape.bytes_per_value / machine.bandwidth)
 
     def _attention(self, batch: Batch) -> float:
-        chunks, shared, steps = batch.chunks, batch.shared, batch.num_steps
+        """Over all the batch's steps; in each next one every chunk has a token more to read."""
+        machine, shape, steps = self._machine, self._shape, batch.num_steps
+        chunks, shared = batch.chunks, batch.shared
         ends = np.concatenate([[0], np.cumsum(chunks.count)])
         queries = ends[shared.chunk_end] - ends[shared.chunk_begin]
         # A chunk's own tokens see half of each other, and all of what was there before.
-        pairs = chunks.count * chunks.offset + chunks.count * (chunks.count + 1) // 2
-        once = self._reads(queries * shared.length, shared.length).sum()
-        first = self._reads(pairs, chunks.offset + chunks.count).sum()
-        if steps == 1:
-            return float(once + first)
-        growth = self._reads(np.array(1), np.array(1)) * len(chunks) * steps * (steps - 1) / 2
-        return float(steps * (once + first) + growth)
-
-    def _reads(self, pairs: np.ndarray, tokens: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
-        """Seconds of segments with `pairs` of query and key, and `tokens` to read."""
-        machine, shape = self._machine, self._shape
+        own = chunks.count * chunks.offset + chunks.count * (chunks.count + 1) // 2
+        pairs = np.concatenate([own, queries * shared.length])
+        tokens = np.concatenate([chunks.offset + chunks.count, shared.length])
         arithmetic = pairs * (shape.attention_flops / machine.attention_rate)
         reading = tokens * (shape.kv_bytes_per_token / machine.bandwidth)
-        return np.maximum(arithmetic, reading)
+        grown = np.zeros(len(pairs))
+        if steps > 1:  # then every chunk is a decode, and the mean step has this much more
+            grown[: len(chunks)] = (steps - 1) / 2
+        arithmetic += grown * (shape.attention_flops / machine.attention_rate)
+        reading += grown * (shape.kv_bytes_per_token / machine.bandwidth)
+        if machine.one_attention_launch:
+            return steps * max(float(arithmetic.sum()), float(reading.sum()))
+        return steps * float(np.maximum(arithmetic, reading).sum())

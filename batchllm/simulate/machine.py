@@ -20,6 +20,8 @@ class Machine:
     outside it is the nearest one's. `attention_rate` is FLOP/s of attention over long segments,
     `bandwidth` bytes/s of memory, `step_seconds` what a step costs whatever is in it, and
     `token_seconds` what a token costs beyond its products. `memory` is in bytes.
+    `one_attention_launch`: all of a step's attention runs at once, so that what is bound by
+    arithmetic hides what is bound by reading; otherwise segments run one behind the other.
     `max_num_batched_tokens` is the step's budget that suits it; the `streaming_…` limits are vLLM
     0.32's own defaults for offline use there.
     """
@@ -31,6 +33,7 @@ class Machine:
     memory: int
     step_seconds: float
     token_seconds: float = 0.0
+    one_attention_launch: bool = False
     max_num_batched_tokens: int = 2048
     streaming_batched_tokens: int = 8192
     streaming_num_seqs: int = 256
@@ -60,20 +63,23 @@ class Machine:
         return int(left * _KV_SHARE / shape.kv_bytes_per_token)
 
 
-def _gpu(name: str, flops: float, bandwidth: float, memory: float, limits: tuple[int, int]) -> Machine:
-    """A GPU from its datasheet: dense bfloat16 FLOP/s, bytes/s, GB.
+def _gpu(
+    name: str, flops: float, bandwidth: float, memory: float, limits: tuple[int, int]
+) -> Machine:
+    """A GPU from its datasheet: dense bfloat16 FLOP/s, bytes/s, GB; and vLLM's limits there.
 
-    Reached are about 70 % of a large product's FLOP/s, half of that in attention, and 85 % of the
-    bandwidth; small products are bound by reading the weights, which the cost model adds itself.
-    A step's launches and index arrays take 2 ms where a CUDA graph does not hold them.
+    Reached are about 70 % of a large product's FLOP/s, 50 % of it in attention (FlashAttention-2
+    and -3 with heads of 128 and a causal mask) and 85 % of the bandwidth; small products are bound
+    by reading the weights, which the cost model adds itself. A step's launches take 2 ms.
     """
     return Machine(
         name=name,
         gemm_rates=((1, 0.6 * flops), (256, 0.6 * flops), (2048, 0.7 * flops)),
-        attention_rate=0.35 * flops,
+        attention_rate=0.5 * flops,
         bandwidth=0.85 * bandwidth,
         memory=int(memory * 1e9),
         step_seconds=2e-3,
+        one_attention_launch=True,
         max_num_batched_tokens=8192,
         streaming_batched_tokens=limits[0],
         streaming_num_seqs=limits[1],

@@ -67,7 +67,9 @@ def shape_of(config: ModelConfig, dtype: str) -> ModelShape:
     )
 
 
-def _shape(layers: int, hidden: int, ffn: int, heads: tuple[int, int, int], vocab: int) -> ModelShape:
+def _shape(
+    layers: int, hidden: int, ffn: int, heads: tuple[int, int, int], vocab: int
+) -> ModelShape:
     return ModelShape(
         num_layers=layers,
         hidden_size=hidden,

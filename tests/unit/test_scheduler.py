@@ -229,9 +229,7 @@ def test_child_counts_tell_which_nodes_have_a_member(data):
         assert set(np.flatnonzero(count.children).tolist()) == after
         if not adding:  # descendants first
             place = {node: i for i, node in enumerate(changed.tolist())}
-            assert all(
-                place[n] < place[a] for n in place for a in ancestors(n) if a in place
-            )
+            assert all(place[n] < place[a] for n in place for a in ancestors(n) if a in place)
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=60))

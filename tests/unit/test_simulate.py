@@ -170,7 +170,9 @@ def test_shapes_have_the_published_sizes():
     """Within 2 % of the models' published parameter counts (with one embedding matrix)."""
     for name, millions in (("smollm2-135m", 134.5), ("llama-3.2-1b", 1236), ("llama-3.1-8b", 7505)):
         shape = get_shape(name)
-        assert shape.body_parameters + shape.head_parameters == pytest.approx(millions * 1e6, rel=0.02)
+        assert shape.body_parameters + shape.head_parameters == pytest.approx(
+            millions * 1e6, rel=0.02
+        )
 
 
 def test_a_model_that_does_not_fit_is_refused():

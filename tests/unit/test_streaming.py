@@ -1,6 +1,5 @@
 """The streaming scheduler: right answers, honest books, hits where vLLM has them."""
 
-import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scheduling import EOS, MAX_MODEL_LEN, ROWS, CheckingEngine, expected_answer, requests

@@ -74,9 +74,7 @@ def _outliers(demand: Demand, density: Floats) -> NDArray[np.bool_]:
     return split
 
 
-def _by_density(
-    leaf_parent: Ints, order: Ints, density: Floats, split: NDArray[np.bool_]
-) -> Ints:
+def _by_density(leaf_parent: Ints, order: Ints, density: Floats, split: NDArray[np.bool_]) -> Ints:
     """Put the leaves that were split off among the others where their density belongs."""
     num_nodes = len(density) - len(leaf_parent)
     kept, moved = order[~split[order]], order[split[order]]
