@@ -234,7 +234,7 @@ def plan(
         ),
     ] = False,
     machine: Annotated[
-        str, typer.Option(help="cpu, a100, h100 or h200.", rich_help_panel=_SIMULATION)
+        str, typer.Option(help="cpu (this one), a100, h100 or h200.", rich_help_panel=_SIMULATION)
     ] = "cpu",
     model_shape: Annotated[
         str | None,
@@ -258,6 +258,7 @@ def plan(
     had --max-tokens tokens (or what --max-tokens-column says).
     """
     with _errors_as_exit_codes("interrupted"):
+        from batchllm.cache.memory import default_kv_memory, free_memory
         from batchllm.config import parse_size
         from batchllm.io.parquet import ParquetInput
         from batchllm.io.ranges import pending
@@ -294,8 +295,11 @@ def plan(
         shape = shape_of(checkpoint.config, "bfloat16")
         if model_shape is not None:
             shape = get_shape(model_shape)
-        room = None if kv_memory is None else int(parse_size(kv_memory) / shape.kv_bytes_per_token)
-        simulation = TableSimulation(get_machine(machine), shape, kv_tokens=room)
+        room = None if kv_memory is None else parse_size(kv_memory)
+        if machine == "cpu" and room is None:  # this machine: what a run would take
+            room = default_kv_memory(free_memory())
+        kv_tokens = None if room is None else int(room / shape.kv_bytes_per_token)
+        simulation = TableSimulation(get_machine(machine), shape, kv_tokens=kv_tokens)
         report = report_plan(
             tables,
             builder,

@@ -28,6 +28,11 @@ def free_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     return max(free, 0)
 
 
+def default_kv_memory(free: int) -> int:
+    """Bytes of KV cache that a run takes if it is not told."""
+    return int(free * _SHARE)
+
+
 def num_kv_blocks(kv_memory: int | None, block_bytes: int, free: int) -> int:
     """Blocks of `block_bytes` in `kv_memory` bytes; None takes half of what is `free`.
 
@@ -38,7 +43,7 @@ def num_kv_blocks(kv_memory: int | None, block_bytes: int, free: int) -> int:
         raise UsageError(
             f"kv memory of {kv_memory / 2**20:,.0f} MiB asked, {free / 2**20:,.0f} MiB are free"
         )
-    budget = int(free * _SHARE) if kv_memory is None else kv_memory
+    budget = default_kv_memory(free) if kv_memory is None else kv_memory
     if budget < block_bytes:
         raise UsageError(
             f"kv memory of {budget:,} bytes does not hold one block of {block_bytes:,} bytes; "
