@@ -42,7 +42,7 @@ class LengthEstimator:
 
         Where `known`, a row goes on to its `max_tokens`.
         """
-        left = np.maximum(max_tokens - num_outputs, 1)
+        left: Ints = np.maximum(max_tokens - num_outputs, 1)
         if self._count < self._ENOUGH or known.all():
             return left
         if self._sorted is None:
@@ -54,8 +54,8 @@ class LengthEstimator:
         deviation = np.sqrt(np.maximum(self._squares[place] / longer - mean * mean, 0.0))
         expected = np.rint((mean + self._MARGIN * deviation) * max_tokens).astype(np.int64)
         expected = np.where(place == len(self._sorted), 2 * num_outputs, expected)
-        expected = np.clip(expected - num_outputs, 1, left)
-        return np.where(known, left, expected)
+        remaining: Ints = np.where(known, left, np.clip(expected - num_outputs, 1, left))
+        return remaining
 
     def expected(self, plan: PrefixPlan) -> Ints:
         """Expected lengths of a plan's answers, [num_leaves]."""

@@ -378,7 +378,8 @@ class Scheduler:
         self._free(nodes)
 
     def _leaves(self, segments: Ints) -> NDArray[np.bool_]:
-        return self._state.leaf[segments] != NOBODY
+        leaves: NDArray[np.bool_] = self._state.leaf[segments] != NOBODY
+        return leaves
 
     def _blocks_alone(self, sequences: Ints) -> Ints:
         state, size = self._state, self.pool.block_size

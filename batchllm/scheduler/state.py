@@ -150,7 +150,8 @@ class ChildCount:
 
     def _above(self, segments: Ints) -> Ints:
         parents = self._parent[segments]
-        return parents[parents != NOBODY]
+        above: Ints = parents[parents != NOBODY]
+        return above
 
 
 class OutputTokens:

@@ -189,7 +189,8 @@ class StreamingScheduler:
 
     def _new_tokens(self, admitted: Ints, room: int) -> Ints:
         pending = self._pending(admitted)
-        return np.clip(room - (np.cumsum(pending) - pending), 0, pending)
+        counts: Ints = np.clip(room - (np.cumsum(pending) - pending), 0, pending)
+        return counts
 
     def _remember(self, row: int, begin: int, end: int) -> None:
         """Make blocks that tokens `[begin, end)` fill known by their content."""

@@ -31,7 +31,8 @@ ALLOWED = {
         *("attention", "models", "sampling", "runner"),
     },
     "report": {
-        *("errors", "request", "prefix", "scheduler", "simulate", "text", "progress", "report")
+        *("errors", "request", "prefix", "cache", "scheduler", "simulate", "text", "progress"),
+        "report",
     },
     "api": {
         *("errors", "request", "config", "metrics", "progress", "engine", "prefix", "cache"),

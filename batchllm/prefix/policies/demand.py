@@ -29,8 +29,9 @@ class Demand:
         tree = self.tree
         leaves = np.concatenate([[0.0], np.cumsum(of_leaves)])
         nodes = np.concatenate([[0.0], np.cumsum(of_nodes)])
-        below = leaves[tree.node_leaf_end] - leaves[tree.node_leaf_begin]
-        return below + nodes[tree.node_subtree_end] - nodes[:-1]
+        sums: Floats = leaves[tree.node_leaf_end] - leaves[tree.node_leaf_begin]
+        sums += nodes[tree.node_subtree_end] - nodes[:-1]
+        return sums
 
 
 def walk(tree: PrefixTree, cost: Floats) -> Ints:

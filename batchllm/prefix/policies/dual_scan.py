@@ -33,10 +33,10 @@ def dual_scan(demand: Demand) -> Ints:
     # Every decode reads its prompt and half of its answer.
     use = decodes * (tree.leaf_length + decodes / 2)
     read = np.maximum(use * demand.kv_read_seconds, 1e-30)
-    length = (tree.node_end - tree.node_start) * demand.token_seconds
+    length: Floats = (tree.node_end - tree.node_start) * np.float64(demand.token_seconds)
     density = np.concatenate(
         [
-            demand.per_node(length, compute) / demand.per_node(0 * length, read),
+            demand.per_node(length, compute) / demand.per_node(np.zeros_like(length), read),
             (compute + _shared_compute(demand)) / read,
         ]
     )
