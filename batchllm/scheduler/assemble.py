@@ -10,6 +10,8 @@ from batchllm.scheduler.batch import Batch, Chunks, Samples, SharedReads
 from batchllm.scheduler.state import Segments
 
 Ints = NDArray[np.int64]
+_NO_TOKENS = np.zeros(0, dtype=np.int32)
+_NO_BLOCKS = np.zeros((0, 0), dtype=np.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,13 +27,19 @@ class Work:
 
 
 def assemble(
-    state: Segments, tables: BlockTables, nodes: Ints, work: Work, offset: Ints, num_decodes: int
+    state: Segments,
+    tables: BlockTables | None,
+    nodes: Ints,
+    work: Work,
+    offset: Ints,
+    num_decodes: int,
 ) -> Batch:
     """One step's batch.
 
     Args:
         state: the run state.
-        tables: the segments' blocks, those for this step's tokens included.
+        tables: the segments' blocks, those for this step's tokens included; None leaves the
+            batch without tokens and blocks.
         nodes: the nodes above the sequences that run, ascending.
         work: what to compute, segments ascending.
         offset: tokens of each segment computed before this step, [n].
@@ -44,11 +52,15 @@ def assemble(
     nodes = nodes[read]
     sampling = np.flatnonzero(work.samples)
     sequences = segments[sampling]
+    token_ids, blocks = _NO_TOKENS, _NO_BLOCKS
+    if tables is not None:
+        token_ids = state.token_ids(segments, offset, work.counts)
+        blocks = tables.gather(np.concatenate([segments, nodes]))
     return Batch(
-        token_ids=state.token_ids(segments, offset, work.counts),
+        token_ids=token_ids,
         chunks=Chunks(work.counts, state.start[segments] + offset, offset),
         shared=SharedReads(begin[read], end[read], state.start[nodes], state.length[nodes]),
-        tables=tables.gather(np.concatenate([segments, nodes])),
+        tables=blocks,
         samples=Samples(
             chunk=sampling,
             sequence=sequences,

@@ -56,8 +56,8 @@ class StepScheduler(Protocol):
         """Choose the next step's tokens; never none while work is left.
 
         Who knows after how many outputs each leaf ends (`ends`, [num_leaves]; a simulator does)
-        may be given a batch of decodes that stands for several steps, in which nothing ends and
-        nothing can join.
+        is given batches without tokens and blocks, and where nothing ends and nothing can join, one
+        of decodes that stands for several steps.
         """
         ...
 

@@ -71,7 +71,8 @@ class Batch:
 
     `token_ids` int32 [num_tokens] are the chunks' tokens one behind the other; `tables` int32
     [num_chunks + num_shared, widest] the blocks of chunks and shared segments. With `num_steps`
-    above 1 the batch is that many steps of one decode each, of which this is the first.
+    above 1 the batch is that many steps of one decode each, of which this is the first. One that is
+    only simulated has no `token_ids` and no `tables`.
     """
 
     token_ids: TokenIds
@@ -85,7 +86,7 @@ class Batch:
     @property
     def num_tokens(self) -> int:
         """Tokens of one step."""
-        return len(self.token_ids)
+        return int(self.chunks.count.sum())
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,12 +1,14 @@
 """The scheduler: from a plan to one batch a step."""
 
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 
 from batchllm.cache.block_pool import BlockPool
 from batchllm.cache.block_table import BlockTables
 from batchllm.prefix.plan import PrefixPlan
-from batchllm.request import FinishReason
+from batchllm.request import FinishReason, TokenIds
 from batchllm.scheduler.admission import Candidates, find_candidates
 from batchllm.scheduler.assemble import Work, assemble
 from batchllm.scheduler.base import SchedulerStats
@@ -54,7 +56,7 @@ class Scheduler:
         self._max_model_len = max_model_len
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_num_seqs = max_num_seqs
-        self._eos_token_ids = np.array(sorted(eos_token_ids), dtype=np.int64)
+        self._eos_token_ids = eos_token_ids
         self._queue = AdmissionQueue(_NONE)
         self._decoding = _NONE  # sequences, ascending
         self._work = _NONE  # segments of admitted sequences to prefill, in order
@@ -118,7 +120,8 @@ class Scheduler:
         )
         state = self._state
         offset = state.num_computed[everything.segments]
-        batch = assemble(state, self._tables, self._nodes, everything, offset, len(decodes))
+        tables = self._tables if ends is None else None  # a simulation moves no data
+        batch = assemble(state, tables, self._nodes, everything, offset, len(decodes))
         prompt_tokens, repeated = state.account(everything.segments, everything.counts)
         self.stats.computed_prompt_tokens += prompt_tokens
         self.stats.recomputed_tokens += repeated
@@ -137,7 +140,7 @@ class Scheduler:
         state.outputs.put(sequences, position, output.token_ids)
         state.num_outputs[sequences] = position + 1
         ignore_eos = state.ignore_eos[sequences]
-        stopped = np.isin(output.token_ids, self._eos_token_ids) & ~ignore_eos
+        stopped = ~ignore_eos & self._ends(output.token_ids)
         done = stopped | (position + 1 >= state.max_tokens[sequences])
         # The first sample of what took longer or shorter to prefill than expected.
         surprised = ~done & (projection.start[sequences] >= projection.now)
@@ -308,15 +311,7 @@ class Scheduler:
         self._tables.grow(decodes, wanted)
         state.account(decodes, more)
         self.stats.steps += steps - 1
-        return Batch(
-            batch.token_ids,
-            batch.chunks,
-            batch.shared,
-            self._tables.gather(np.concatenate([decodes, self._nodes])),
-            batch.samples,
-            batch.num_decodes,
-            steps,
-        )
+        return replace(batch, num_steps=steps)
 
     # Memory
 
@@ -367,7 +362,7 @@ class Scheduler:
         nodes = self._running.remove(sequences)
         if len(nodes):
             self._projection.drop_nodes(nodes)
-            self._nodes = self._nodes[np.isin(self._nodes, nodes, invert=True)]
+            self._nodes = self._nodes[self._running.children[self._nodes] > 0]
             held = nodes[self._tables.num_held[nodes] > 0]
             self._idle |= dict.fromkeys(held.tolist())
 
@@ -376,6 +371,13 @@ class Scheduler:
         for node in nodes.tolist():
             self._idle.pop(node, None)
         self._free(nodes)
+
+    def _ends(self, token_ids: TokenIds) -> NDArray[np.bool_]:
+        """Which tokens end an answer; there are few of them, so one comparison each is least."""
+        ends = np.zeros(len(token_ids), dtype=np.bool_)
+        for token in self._eos_token_ids:
+            ends |= token_ids == token
+        return ends
 
     def _leaves(self, segments: Ints) -> NDArray[np.bool_]:
         leaves: NDArray[np.bool_] = self._state.leaf[segments] != NOBODY

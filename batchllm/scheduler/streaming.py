@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from batchllm.cache.lru_cache import LRUBlockCache
 from batchllm.prefix.plan import PrefixPlan
 from batchllm.prefix.sorting import common_prefix_lengths, sort_sequences
-from batchllm.request import FinishReason, RaggedTokens
+from batchllm.request import FinishReason, RaggedTokens, TokenIds
 from batchllm.scheduler.base import SchedulerStats
 from batchllm.scheduler.batch import (
     Batch,
@@ -22,6 +22,8 @@ from batchllm.scheduler.state import OutputTokens
 
 Ints = NDArray[np.int64]
 _NONE: Ints = np.zeros(0, dtype=np.int64)
+_NO_TOKENS: TokenIds = np.zeros(0, dtype=np.int32)
+_NO_BLOCKS = np.zeros((0, 0), dtype=np.int32)
 
 
 class StreamingScheduler:
@@ -114,7 +116,7 @@ class StreamingScheduler:
         if ends is not None and nothing_joins:
             steps = self._repeat(rows, int((ends[rows] - self._num_outputs[rows]).min()))
         self.stats.steps += steps
-        return self._batch(rows, counts, offset, steps)
+        return self._batch(rows, counts, offset, steps, dry=ends is not None)
 
     def update(self, batch: Batch, output: StepOutput) -> list[FinishedSequence]:
         """Append the sampled tokens; returns the rows that are finished by them."""
@@ -235,28 +237,17 @@ class StreamingScheduler:
         full = int(self._num_computed[row]) // self._block_size
         self.cache.release(self._blocks.pop(row), full)
 
-    def _batch(self, rows: Ints, counts: Ints, offset: Ints, steps: int) -> Batch:
-        blocks = [self._blocks[row] for row in rows.tolist()]
-        tables = np.zeros((len(rows), max(map(len, blocks))), dtype=np.int32)
-        for table, ids in zip(tables, blocks, strict=True):
-            table[: len(ids)] = ids
+    def _batch(self, rows: Ints, counts: Ints, offset: Ints, steps: int, *, dry: bool) -> Batch:
         sampling = np.flatnonzero(
             self._pending(rows) == 1 - steps
         )  # repeated steps are counted already
         sequences = rows[sampling]
         plan = self._plan
         return Batch(
-            token_ids=np.concatenate(
-                [
-                    self._tokens(row, begin, begin + count)
-                    for row, begin, count in zip(
-                        rows.tolist(), offset.tolist(), counts.tolist(), strict=True
-                    )
-                ]
-            ),
+            token_ids=_NO_TOKENS if dry else self._token_ids(rows, offset, counts),
             chunks=Chunks(counts, offset, offset),
             shared=SharedReads(_NONE, _NONE, _NONE, _NONE),
-            tables=tables,
+            tables=_NO_BLOCKS if dry else self._tables(rows),
             samples=Samples(
                 chunk=sampling,
                 sequence=sequences,
@@ -270,11 +261,21 @@ class StreamingScheduler:
             num_steps=steps,
         )
 
-    def _tokens(self, row: int, begin: int, end: int) -> NDArray[np.int32]:
-        prompt = self._plan.tokens[row]
-        positions = np.arange(max(begin, len(prompt)), end) - len(prompt)
-        output = self._outputs.get(np.full(len(positions), row), positions)
-        return np.concatenate([prompt[begin:end], output])
+    def _token_ids(self, rows: Ints, offset: Ints, counts: Ints) -> TokenIds:
+        parts = []
+        for row, begin, count in zip(rows.tolist(), offset.tolist(), counts.tolist(), strict=True):
+            prompt = self._plan.tokens[row]
+            positions = np.arange(max(begin, len(prompt)), begin + count) - len(prompt)
+            parts.append(prompt[begin : begin + count])
+            parts.append(self._outputs.get(np.full(len(positions), row), positions))
+        return np.concatenate(parts)
+
+    def _tables(self, rows: Ints) -> NDArray[np.int32]:
+        blocks = [self._blocks[row] for row in rows.tolist()]
+        tables = np.zeros((len(rows), max(map(len, blocks))), dtype=np.int32)
+        for table, ids in zip(tables, blocks, strict=True):
+            table[: len(ids)] = ids
+        return tables
 
     def _finished(self, row: int, reason: FinishReason) -> FinishedSequence:
         return FinishedSequence(

@@ -1,9 +1,9 @@
 """What a machine can do."""
 
+import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import numpy as np
 
 from batchllm.errors import UsageError
 from batchllm.simulate.shape import ModelShape
@@ -45,8 +45,12 @@ class Machine:
 
     def gemm_rate(self, num_tokens: float) -> float:
         """FLOP/s of a product over `num_tokens` rows."""
-        tokens, rates = zip(*self.gemm_rates, strict=True)
-        return float(np.interp(np.log(max(num_tokens, 1)), np.log(tokens), rates))
+        table = self.gemm_rates
+        place = bisect_right(table, num_tokens, key=lambda entry: entry[0])
+        if place == 0 or place == len(table):
+            return table[max(place - 1, 0)][1]
+        (low, slow), (high, fast) = table[place - 1], table[place]
+        return slow + (fast - slow) * math.log(num_tokens / low) / math.log(high / low)
 
     def kv_tokens(self, shape: ModelShape) -> int:
         """Tokens whose KV fits beside the weights.
