@@ -17,7 +17,8 @@ from batchllm.metrics import Metrics
 from batchllm.models.checkpoint import Checkpoint, open_checkpoint
 from batchllm.models.locate import resolve
 from batchllm.prefix.plan import PrefixPlan, plan_requests, reorder
-from batchllm.prefix.policies.registry import AUTO, check_policy
+from batchllm.prefix.policies.registry import AUTO, STREAMING, check_policy
+from batchllm.prefix.policies.sample import sample_first
 from batchllm.progress import Progress
 from batchllm.request import Request, RequestOutput, RowError, SamplingParams
 from batchllm.runner.load import load_runner
@@ -220,12 +221,16 @@ class LLM:
 
     def _plan(self, requests: Sequence[Request]) -> PrefixPlan:
         policy, sharing = self.config.policy, self.config.sharing
-        if policy != AUTO:
-            return plan_requests(requests, policy=policy, sharing=sharing)
+        if policy == STREAMING:
+            return plan_requests(requests, policy=policy)
         plan = plan_requests(requests, policy="dfs", sharing=sharing)
         outputs = self._lengths.expected(plan)
-        best = choose_policy(plan, outputs, self._limits, self._costs)
-        return reorder(plan, best, outputs)
+        if policy == AUTO:
+            policy = choose_policy(plan, outputs, self._limits, self._costs)
+        plan = reorder(plan, policy, outputs)
+        if self._lengths.knows or all(p.ignore_eos for p in plan.params):
+            return plan
+        return replace(plan, leaf_order=sample_first(plan.tree, plan.leaf_order))
 
     def _new_scheduler(self) -> StepScheduler:
         eos = frozenset(self.tokenizer.eos_token_ids)

@@ -7,6 +7,7 @@ last level are the rows. Rows are shuffled.
 """
 
 import argparse
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +19,15 @@ from micro import FIRST_ORDINARY_ID, describe, token_table
 def build(
     nodes: list[int], tokens: list[int], *, output: int = 32, vocab: int = 49_152, seed: int = 0
 ) -> pa.Table:
-    """Makes the table; node i of a level hangs below node i * (nodes above) // (nodes here).
+    """Makes the table; every node of a level has as many nodes below it as its neighbours.
 
     Raises:
         ValueError: the lists do not fit together.
     """
-    if len(nodes) != len(tokens) or not nodes or sorted(nodes) != nodes or min(tokens) < 1:
-        raise ValueError("give as many node counts, ascending, as token counts, all positive")
+    if len(nodes) != len(tokens) or not nodes or min(*nodes, *tokens) < 1:
+        raise ValueError("give as many node counts as token counts, all positive")
+    if any(below % above for above, below in pairwise(nodes)):
+        raise ValueError(f"node counts are {nodes}; each must be a multiple of the one above")
     rng = np.random.default_rng(seed)
     rows = nodes[-1]
     parts = []

@@ -1,11 +1,21 @@
 """How long answers will be, learned from the rows finished so far."""
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
 from batchllm.prefix.plan import PrefixPlan
 
 Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Expectation:
+    """Tokens that rows will sample still, at least 1 each, and the deviation of that; [n]."""
+
+    tokens: Ints
+    deviation: NDArray[np.float64]
 
 
 class LengthEstimator:
@@ -29,6 +39,11 @@ class LengthEstimator:
         self._sums: NDArray[np.float64] = np.zeros(0)
         self._squares: NDArray[np.float64] = np.zeros(0)
 
+    @property
+    def knows(self) -> bool:
+        """Whether enough rows have finished to expect anything but `max_tokens`."""
+        return self._count >= self._ENOUGH
+
     def observe(self, num_outputs: Ints, max_tokens: Ints) -> None:
         """Record finished rows, [n]."""
         shares = (num_outputs / max_tokens)[-self._WINDOW :]
@@ -37,14 +52,16 @@ class LengthEstimator:
         self._count += len(shares)
         self._sorted = None
 
-    def remaining(self, num_outputs: Ints, max_tokens: Ints, known: NDArray[np.bool_]) -> Ints:
-        """Tokens that rows are expected to sample still, at least 1 each, [n].
+    def remaining(
+        self, num_outputs: Ints, max_tokens: Ints, known: NDArray[np.bool_]
+    ) -> Expectation:
+        """What rows are expected to sample still, [n].
 
         Where `known`, a row goes on to its `max_tokens`.
         """
         left: Ints = np.maximum(max_tokens - num_outputs, 1)
-        if self._count < self._ENOUGH or known.all():
-            return left
+        if not self.knows or known.all():
+            return Expectation(left, np.zeros(len(left)))
         if self._sorted is None:
             self._sort()
         assert self._sorted is not None
@@ -52,10 +69,12 @@ class LengthEstimator:
         longer = np.maximum(len(self._sorted) - place, 1)
         mean = self._sums[place] / longer
         deviation = np.sqrt(np.maximum(self._squares[place] / longer - mean * mean, 0.0))
-        expected = np.rint((mean + self._MARGIN * deviation) * max_tokens).astype(np.int64)
-        expected = np.where(place == len(self._sorted), 2 * num_outputs, expected)
-        remaining: Ints = np.where(known, left, np.clip(expected - num_outputs, 1, left))
-        return remaining
+        total = np.rint((mean + self._MARGIN * deviation) * max_tokens).astype(np.int64)
+        total = np.where(place == len(self._sorted), 2 * num_outputs, total)
+        return Expectation(
+            np.where(known, left, np.clip(total - num_outputs, 1, left)),
+            np.where(known, 0.0, deviation * max_tokens),
+        )
 
     def expected(self, plan: PrefixPlan) -> Ints:
         """Expected lengths of a plan's answers, [num_leaves]."""
@@ -63,7 +82,7 @@ class LengthEstimator:
         known = np.array([p.ignore_eos for p in plan.params], dtype=np.bool_)
         return self.remaining(
             np.zeros_like(leaf_row), plan.max_tokens[leaf_row], known[plan.params_index[leaf_row]]
-        )
+        ).tokens
 
     def _sort(self) -> None:
         """Sort the recent shares, with the sums of each and all longer ones."""

@@ -13,13 +13,14 @@ from batchllm.scheduler.admission import Candidates, find_candidates
 from batchllm.scheduler.assemble import Work, assemble
 from batchllm.scheduler.base import SchedulerStats
 from batchllm.scheduler.batch import Batch, FinishedSequence, StepOutput
-from batchllm.scheduler.lengths import LengthEstimator
+from batchllm.scheduler.lengths import Expectation, LengthEstimator
 from batchllm.scheduler.projection import Projection
 from batchllm.scheduler.queue import AdmissionQueue
 from batchllm.scheduler.state import NOBODY, ChildCount, Segments
 from batchllm.scheduler.timeline import first_sample_step
 
 Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
 _NONE: Ints = np.zeros(0, dtype=np.int64)
 
 
@@ -28,7 +29,8 @@ class Scheduler:
 
     Idea: every step takes all decodes and fills the rest of its token budget with prefill. When
     that needs another sequence, it is admitted if the blocks that all admitted sequences will
-    hold, projected to each one's expected end, stay within the pool. A sequence's shared nodes
+    hold, projected to each one's expected end, stay within the pool, with something to spare where
+    lengths are not known. A sequence's shared nodes
     are computed on its way, once; they are freed when the last sequence below them finishes.
 
     When memory runs out all the same (an answer was longer than expected), first nodes that no
@@ -76,6 +78,7 @@ class Scheduler:
         self._nodes = _NONE  # those above running sequences, ascending
         self._idle: dict[int, None] = {}  # nodes with KV that only waiting sequences need
         self._admitted: Ints = np.zeros(state.count, dtype=np.int64)  # a running number
+        self._deviation: Floats = np.zeros(state.count)  # of the expected lengths
         self._num_admitted = 0
         self._admission_open = True  # something changed since the queue's head did not fit
         order = state.of_leaf[plan.leaf_order]
@@ -190,19 +193,21 @@ class Scheduler:
             candidates = find_candidates(
                 self._state, self._running, self._queue.peek(min(places, room)), room
             )
-            start, finish = self._expect(candidates, room)
-            count = self._how_many_fit(candidates, start, finish)
+            start, expected = self._expect(candidates, room)
+            finish = start + expected.tokens - 1
+            count = self._how_many_fit(candidates, start, finish, expected.deviation)
             if count < len(candidates.sequences):
                 self._admission_open = False
             if count == 0 and self._num_running == 0:
                 count = 1  # the head alone fits the pool, whatever lies idle in it
             if count:
                 admitted = candidates.take(count)
+                self._deviation[admitted.sequences] = expected.deviation[:count]
                 self._start(admitted, start[:count], finish[:count])
                 room -= int(admitted.tokens.sum())
 
-    def _expect(self, candidates: Candidates, room: int) -> tuple[Ints, Ints]:
-        """In which step each candidate samples first, and in which last."""
+    def _expect(self, candidates: Candidates, room: int) -> tuple[Ints, Expectation]:
+        """In which step each candidate samples first, and how many tokens from then on."""
         now = self._projection.now
         start = np.full(len(candidates.sequences), now)
         remaining = self._remaining(candidates.sequences)
@@ -210,13 +215,22 @@ class Scheduler:
         if over > 0:  # the last one takes more than this step
             others = np.concatenate([self._decoding, self._work[self._leaves(self._work)]])
             finishes = np.concatenate(
-                [self._projection.finish[others], (start + remaining - 1)[:-1]]
+                [self._projection.finish[others], (start + remaining.tokens - 1)[:-1]]
             )
             start[-1] = first_sample_step(over, finishes, self._max_num_batched_tokens, now)
-        return start, start + remaining - 1
+        return start, remaining
 
-    def _how_many_fit(self, candidates: Candidates, start: Ints, finish: Ints) -> int:
-        """The most candidates whose projected peak stays within the pool."""
+    def _how_many_fit(
+        self, candidates: Candidates, start: Ints, finish: Ints, deviation: Floats
+    ) -> int:
+        """The most candidates whose projected peak stays within the pool.
+
+        The lengths of many answers add up to about their expectation, give or take the root of
+        their summed variances: twice that is left free, so that a preemption is the exception.
+        """
+        running = np.concatenate([self._decoding, self._work[self._leaves(self._work)]])
+        variance = np.cumsum(deviation**2) + (self._deviation[running] ** 2).sum()
+        spare = 2 * np.sqrt(variance) / self.pool.block_size
         fitting, failing = 0, len(candidates.sequences) + 1
         tried = len(candidates.sequences)
         while failing - fitting > 1:
@@ -224,7 +238,7 @@ class Scheduler:
             peak = self._projection.peak_with(
                 some.sequences, start[:tried], finish[:tried], some.nodes
             )
-            if peak <= self.pool.num_blocks:
+            if peak + spare[tried - 1] <= self.pool.num_blocks:
                 fitting = tried
             else:
                 failing = tried
@@ -246,7 +260,7 @@ class Scheduler:
             self._idle.pop(node, None)
         self._work = np.concatenate([self._work, admitted.work(self._state)])
 
-    def _remaining(self, sequences: Ints) -> Ints:
+    def _remaining(self, sequences: Ints) -> Expectation:
         state = self._state
         return self.lengths.remaining(
             state.num_outputs[sequences], state.max_tokens[sequences], state.ignore_eos[sequences]
@@ -261,7 +275,9 @@ class Scheduler:
     def _revise(self, sequences: Ints) -> None:
         if len(sequences):
             now = np.full(len(sequences), self._projection.now)
-            self._projection.revise(sequences, now, now + self._remaining(sequences) - 1)
+            expected = self._remaining(sequences)
+            self._deviation[sequences] = expected.deviation
+            self._projection.revise(sequences, now, now + expected.tokens - 1)
 
     # One step's tokens
 

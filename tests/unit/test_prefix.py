@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from batchllm.errors import UsageError
 from batchllm.prefix.plan import biggest_groups, plan_requests
 from batchllm.prefix.policies.registry import POLICIES, check_policy
+from batchllm.prefix.policies.sample import sample_first
 from batchllm.prefix.sorting import common_prefix_lengths, sort_sequences
 from batchllm.prefix.tree import NO_NODE, build_tree, flat_tree
 from batchllm.request import RaggedTokens, Request, SamplingParams
@@ -160,6 +161,25 @@ def test_dual_scan_mixes_rows_that_compute_with_rows_that_read():
     groups = np.array([prompts[row][0] for row in plan.tree.leaf_row[plan.leaf_order]])
     for side in (groups[heavy], groups[~heavy]):
         assert len(np.flatnonzero(np.diff(side))) == 9
+
+
+@given(PROMPTS)
+def test_a_sample_first_keeps_every_leaf_once(prompts):
+    tree = build_tree(RaggedTokens.from_sequences(prompts))
+    assert sample_first(tree, np.arange(tree.num_leaves)).tolist() == list(range(tree.num_leaves))
+
+
+def test_a_sample_is_from_all_over_and_costs_little():
+    short = [[i // 250, i % 250, 7] for i in range(1000)]  # four groups with a head of one token
+    tree = build_tree(RaggedTokens.from_sequences(short))
+    order = sample_first(tree, np.arange(1000))
+    assert sorted(order.tolist()) == list(range(1000))
+    assert set(order[:10] // 250) == {0, 1, 2, 3}
+    assert (np.diff(order[10:]) > 0).all()
+    heads = [[i // 250] * 900 + [i % 250, 7] for i in range(1000)]  # with heads of 900
+    tree = build_tree(RaggedTokens.from_sequences(heads))
+    order = sample_first(tree, np.arange(1000))
+    assert order.tolist() == list(range(1000))  # one of them would be more than 1 % of the work
 
 
 def test_table_order_follows_the_first_row():

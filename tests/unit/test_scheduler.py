@@ -312,7 +312,7 @@ def test_pool_notices_a_double_free():
 
 def remaining(lengths, num_outputs, *, known=False):
     each = np.array([num_outputs])
-    return int(lengths.remaining(each, np.array([100]), np.array([known]))[0])
+    return int(lengths.remaining(each, np.array([100]), np.array([known])).tokens[0])
 
 
 def test_lengths_are_learned_and_bounded():
