@@ -1,5 +1,6 @@
 """Simulates workloads on machines under every policy, and writes the table that is kept.
 
+scripts/text_workloads.sh                                   # once
 .venv/bin/python scripts/simulate.py --out SIMULATIONS.md
 """
 
@@ -8,15 +9,20 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from batchllm.models.checkpoint import open_checkpoint
+from batchllm.models.locate import resolve
 from batchllm.prefix.plan import plan_tokens
 from batchllm.prefix.policies.registry import AUTO, STREAMING
 from batchllm.prefix.policies.sample import sample_first
+from batchllm.report.plan import PlanReport, read_prompts
 from batchllm.report.prompts import Prompts
 from batchllm.report.simulation import SimulationReport, TableSimulation
 from batchllm.request import RaggedTokens, SamplingParams
@@ -27,6 +33,8 @@ from batchllm.simulate.machine import get_machine
 from batchllm.simulate.shape import get_shape
 from batchllm.simulate.simulator import END_TOKEN
 from batchllm.simulate.simulator import simulate as simulate_plan
+from batchllm.text.prompt_spec import PromptSpec
+from batchllm.text.prompts import PromptBuilder
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "datasets"))
@@ -37,6 +45,7 @@ import tree  # noqa: E402
 
 PAPER = micro.MicroShape(groups=400, members=16, prefix=2000, own=200, output=100)
 MODEL = "llama-3.1-8b"
+TRACES = ("lmsys", "sharegpt", "splitwise")
 Ints = NDArray[np.int64]
 
 
@@ -46,30 +55,36 @@ class Case:
 
     name: str
     machine: str
-    build: Callable[[], pa.Table]
+    build: Callable[[], Prompts]
+
+
+TEMPLATES = {
+    "tools": "{{ functions }}\n\n{{ question }}",
+    "fewshot": "{{ head }}\n\n{{ question }}",
+    "documents": "{{ doc_head }}\n\n{{ chapter_text }}\n\nOne passage of it:\n{{ section_text }}"
+    "\n\n{{ question }}",
+}
 
 
 def cases() -> list[Case]:
     """Everything in the table, in its order."""
+
+    def random(build: Callable[[], pa.Table]) -> Callable[[], Prompts]:
+        return lambda: prompts_of(build())
+
+    deep = ([1, 4, 16, 4096], [1024, 256, 128, 32])
     found = [
-        Case("micro 400x16, 2000/200/100", m, lambda: micro.build(PAPER)) for m in ("a100", "h100")
+        *(Case("micro 400x16", m, random(lambda: micro.build(PAPER))) for m in ("a100", "h100")),
+        Case("tree", "h100", random(lambda: tree.build(*deep))),
     ]
-    found.append(
-        Case("tree 1,4,16,512", "h100", lambda: tree.build([1, 4, 16, 4096], [1024, 256, 128, 32]))
-    )
-    found += [
-        Case(f"blend {name}", "h100", lambda mix=mix: blend.build(mix))
-        for name, mix in blend.MIXES.items()
-    ]
-    found += [
-        Case(
-            f"{trace}, sharing {share:.0%}",
-            "h100",
-            lambda t=trace, s=share: lengths.build(t, sharing=s),
-        )
-        for trace in ("lmsys", "sharegpt", "splitwise")
-        for share in (0.0, 0.05, 0.35, 0.85)
-    ]
+    for name, mix in blend.MIXES.items():
+        found.append(Case(f"blend {name}", "h100", random(partial(blend.build, mix))))
+    for trace in TRACES:
+        for share in (0.0, 0.05, 0.35, 0.85):
+            build = partial(lengths.build, trace, sharing=share)
+            found.append(Case(f"{trace}, {share:.0%} shared", "h100", random(build)))
+    for name, template in TEMPLATES.items():
+        found.append(Case(name, "h100", partial(text_prompts, name, template)))
     return found
 
 
@@ -81,10 +96,23 @@ def prompts_of(table: pa.Table) -> Prompts:
     return Prompts(tokens, table["max_tokens"].to_numpy().astype(np.int64))
 
 
+def text_prompts(name: str, template: str) -> Prompts:
+    """A text workload, with the default model's tokenizer and chat template."""
+    checkpoint = open_checkpoint(resolve(None))
+    builder = PromptBuilder(
+        PromptSpec(template=template, max_tokens_column="max_tokens"),
+        checkpoint.tokenizer(),
+        checkpoint.config.max_position_embeddings,
+    )
+    table = pq.read_table(ROOT / ".bench" / "data" / f"{name}.parquet")
+    (prompts,) = read_prompts([table], builder, 1, PlanReport())
+    return prompts
+
+
 def simulate(case: Case) -> SimulationReport:
     """Run one case."""
     simulation = TableSimulation(get_machine(case.machine), get_shape(MODEL))
-    simulation.add(prompts_of(case.build()))
+    simulation.add(case.build())
     return simulation.report
 
 
@@ -149,8 +177,9 @@ LENGTHS_HEAD = """
 ## Lengths learned against lengths known
 
 Every answer may take as many tokens as the longest of its trace; when it ends is learned from the
-rows that have finished, of which 1 %, from all over the table, are run first. *Error* is of what a row is expected to take at its start, after the first
-twentieth of the rows, mean and mean of the absolute value, in tokens.
+rows that have finished, of which 1 %, from all over the table, are run first. *Error* is of what a
+row is expected to take at its start, after the first twentieth of the rows, mean and mean of the
+absolute value, in tokens; *preempted* of a run with learned lengths.
 
 | trace | rows | limit | mean | error | absolute | known | learned | ratio | preempted | share |
 |---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|"""
@@ -188,7 +217,7 @@ def main() -> None:
             f"{case.name} on {case.machine}: {seconds:.1f} s for {steps:,} steps", file=sys.stderr
         )
     lines.append(LENGTHS_HEAD)
-    lines += [learned(t) for t in ("lmsys", "sharegpt", "splitwise") if arguments.only in t]
+    lines += [learned(t) for t in TRACES if arguments.only in t]
     text = "\n".join(lines) + "\n"
     if arguments.out:
         arguments.out.write_text(text)
