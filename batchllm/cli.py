@@ -1,4 +1,4 @@
-"""The command line: run, plan, inspect, models."""
+"""The command line: run, plan, bench, inspect, models."""
 
 import json
 import sys
@@ -267,6 +267,7 @@ def plan(
         from batchllm.report.plan import report_plan
         from batchllm.report.simulation import TableSimulation
         from batchllm.simulate.machine import get_machine
+        from batchllm.simulate.saved import this_machine
         from batchllm.simulate.shape import get_shape, shape_of
         from batchllm.text.prompts import PromptBuilder, PromptSpec
 
@@ -299,7 +300,8 @@ def plan(
         if machine == "cpu" and room is None:  # this machine: what a run would take
             room = default_kv_memory(free_memory())
         kv_tokens = None if room is None else int(room / shape.kv_bytes_per_token)
-        simulation = TableSimulation(get_machine(machine), shape, kv_tokens=kv_tokens)
+        chip = this_machine() if machine == "cpu" else get_machine(machine)
+        simulation = TableSimulation(chip, shape, kv_tokens=kv_tokens)
         report = report_plan(
             tables,
             builder,
@@ -314,6 +316,33 @@ def plan(
             typer.echo(json.dumps(report.as_dict() | extra, indent=2))
         else:
             typer.echo(report.as_text() + (f"\n\n{simulated.as_text()}" if simulated else ""))
+
+
+@app.command()
+def bench(
+    model: ModelName = None,
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float32.")] = "auto",
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate", help="Measure this machine first, and keep that for plan and auto."
+        ),
+    ] = False,
+) -> None:
+    """Run a few workloads: how fast this machine is, and how well that is predicted."""
+    with _errors_as_exit_codes("interrupted"):
+        from batchllm.api import LLM
+        from batchllm.bench import CHECKS, Bench
+        from batchllm.simulate.saved import save_machine, this_machine
+
+        bench = Bench(LLM(model, dtype=dtype))
+        machine = this_machine()
+        if calibrate:
+            machine = bench.calibrate(lambda text: typer.echo(text, err=True))
+            typer.echo(machine.as_text())
+            typer.echo(f"kept in {save_machine(machine)}")
+        for workload in CHECKS:
+            typer.echo(bench.check(workload, machine).as_text())
 
 
 @app.command()

@@ -23,6 +23,38 @@ class StepCost:
         return self.gemm + self.head + self.attention + self.overhead
 
 
+@dataclass(frozen=True, slots=True)
+class StepWork:
+    """What is in one step, in counts.
+
+    `pairs` of query and key are those of prefill chunks and of shared segments, `decode_reads` the
+    tokens of their own that decodes read, `num_segments` the chunks and segments of the former.
+    """
+
+    num_tokens: int
+    num_samples: int
+    pairs: int
+    decode_reads: int
+    num_segments: int
+
+
+def work_of(batch: Batch) -> StepWork:
+    """Count the (first) step of a batch."""
+    chunks, shared = batch.chunks, batch.shared
+    ends = np.concatenate([[0], np.cumsum(chunks.count)])
+    queries = ends[shared.chunk_end] - ends[shared.chunk_begin]
+    decode = chunks.count == 1
+    # A chunk's own tokens see half of each other, and all of what was there before.
+    own = chunks.count * chunks.offset + chunks.count * (chunks.count + 1) // 2
+    return StepWork(
+        num_tokens=int(ends[-1]),
+        num_samples=len(batch.samples),
+        pairs=int(own[~decode].sum() + (queries * shared.length).sum()),
+        decode_reads=int(own[decode].sum()),
+        num_segments=int((~decode).sum()) + len(shared),
+    )
+
+
 class CostModel:
     """A step's time, from what is in the batch.
 
@@ -39,14 +71,17 @@ class CostModel:
     def cost(self, batch: Batch) -> StepCost:
         """The batch's cost, over all the steps it stands for."""
         machine, shape, steps = self._machine, self._shape, batch.num_steps
+        num_tokens = batch.num_tokens
+        head = machine.head_slowdown * self.product(shape.head_parameters, len(batch.samples))
         return StepCost(
-            gemm=steps * self._product(shape.body_parameters, batch.num_tokens),
-            head=steps * self._product(shape.head_parameters, len(batch.samples)),
+            gemm=steps * self.product(shape.body_parameters, num_tokens),
+            head=steps * head,
             attention=self._attention(batch),
-            overhead=steps * (machine.step_seconds + machine.token_seconds * batch.num_tokens),
+            overhead=steps * (machine.step_seconds + machine.token_seconds * num_tokens),
         )
 
-    def _product(self, parameters: int, num_tokens: int) -> float:
+    def product(self, parameters: int, num_tokens: int) -> float:
+        """Seconds of `num_tokens` rows times `parameters` weights."""
         if num_tokens == 0:
             return 0.0
         machine = self._machine
@@ -54,22 +89,23 @@ class CostModel:
         return max(arithmetic, parameters * self._shape.bytes_per_value / machine.bandwidth)
 
     def _attention(self, batch: Batch) -> float:
-        """Over all the batch's steps; in each next one every chunk has a token more to read."""
+        """Over all the batch's steps; in each next one every decode has a token more to read."""
         machine, shape, steps = self._machine, self._shape, batch.num_steps
         chunks, shared = batch.chunks, batch.shared
         ends = np.concatenate([[0], np.cumsum(chunks.count)])
         queries = ends[shared.chunk_end] - ends[shared.chunk_begin]
-        # A chunk's own tokens see half of each other, and all of what was there before.
+        decode = chunks.count == 1
         own = chunks.count * chunks.offset + chunks.count * (chunks.count + 1) // 2
-        pairs = np.concatenate([own, queries * shared.length])
-        tokens = np.concatenate([chunks.offset + chunks.count, shared.length])
-        arithmetic = pairs * (shape.attention_flops / machine.attention_rate)
-        reading = tokens * (shape.kv_bytes_per_token / machine.bandwidth)
-        grown = np.zeros(len(pairs))
-        if steps > 1:  # then every chunk is a decode, and the mean step has this much more
-            grown[: len(chunks)] = (steps - 1) / 2
-        arithmetic += grown * (shape.attention_flops / machine.attention_rate)
-        reading += grown * (shape.kv_bytes_per_token / machine.bandwidth)
+        grown = (steps - 1) / 2  # in the mean step; with several, every chunk is a decode
+        pair_seconds = shape.attention_flops / machine.attention_rate
+        read_seconds = shape.kv_bytes_per_token / (machine.kv_bandwidth or machine.bandwidth)
+        arithmetic = pair_seconds * np.concatenate([own + decode * grown, queries * shared.length])
+        reading = read_seconds * np.concatenate(
+            [chunks.offset + chunks.count + decode * grown, shared.length]
+        )
+        apart = machine.segment_seconds * (int((~decode).sum()) + len(shared))
         if machine.one_attention_launch:
-            return steps * max(float(arithmetic.sum()), float(reading.sum()))
-        return steps * float(np.maximum(arithmetic, reading).sum())
+            return steps * (apart + max(float(arithmetic.sum()), float(reading.sum())))
+        # A decode of its own is bound by reading, whatever its arithmetic would take alone.
+        arithmetic[: len(chunks)][decode] = 0.0
+        return steps * (apart + float(np.maximum(arithmetic, reading).sum()))

@@ -19,7 +19,9 @@ class Machine:
     rate), ascending; between them the rate is interpolated over the logarithm of the tokens, and
     outside it is the nearest one's. `attention_rate` is FLOP/s of attention over long segments,
     `bandwidth` bytes/s of memory, `step_seconds` what a step costs whatever is in it, and
-    `token_seconds` what a token costs beyond its products. `memory` is in bytes.
+    `token_seconds` what a token costs beyond its products. `memory` is in bytes. The head's
+    products take `head_slowdown` times what the rates say; decodes read KV at `kv_bandwidth` (None:
+    as weights are read); every shared segment and prefill chunk costs `segment_seconds` more.
     `one_attention_launch`: all of a step's attention runs at once, so that what is bound by
     arithmetic hides what is bound by reading; otherwise segments run one behind the other.
     `max_num_batched_tokens` is the step's budget that suits it; the `streaming_…` limits are vLLM
@@ -33,6 +35,9 @@ class Machine:
     memory: int
     step_seconds: float
     token_seconds: float = 0.0
+    head_slowdown: float = 1.0
+    kv_bandwidth: float | None = None
+    segment_seconds: float = 0.0
     one_attention_launch: bool = False
     max_num_batched_tokens: int = 2048
     streaming_batched_tokens: int = 8192
@@ -51,6 +56,18 @@ class Machine:
             return table[max(place - 1, 0)][1]
         (low, slow), (high, fast) = table[place - 1], table[place]
         return slow + (fast - slow) * math.log(num_tokens / low) / math.log(high / low)
+
+    def as_text(self) -> str:
+        """Its figures, for people."""
+        rates = ", ".join(f"{n}: {rate / 1e9:,.0f}" for n, rate in self.gemm_rates)
+        kv = (self.kv_bandwidth or self.bandwidth) / 1e9
+        return (
+            f"matrix products, GFLOP/s by tokens: {rates}\n"
+            f"attention {self.attention_rate / 1e9:,.0f} GFLOP/s, memory "
+            f"{self.bandwidth / 1e9:,.1f} GB/s, KV {kv:,.1f} GB/s\n"
+            f"a step {self.step_seconds * 1e3:.2f} ms, a token {self.token_seconds * 1e6:.1f} us, "
+            f"a segment {self.segment_seconds * 1e3:.2f} ms, head x {self.head_slowdown:.2f}"
+        )
 
     def kv_tokens(self, shape: ModelShape) -> int:
         """Tokens whose KV fits beside the weights.

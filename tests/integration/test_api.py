@@ -138,7 +138,7 @@ def test_the_context_ends_an_answer(llm):
 
 
 def test_an_interrupt_leaves_the_engine_usable(llm, alone, monkeypatch):
-    runner, calls = llm._runner, []
+    runner, calls = llm.runner, []
     execute = runner.execute
 
     def interrupt(batch):

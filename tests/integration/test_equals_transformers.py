@@ -168,12 +168,12 @@ def test_logits_agree(llm, oracle, truth, prompts, dtype):
     ]
     plan = plan_requests(requests)
     got = {}
-    scheduler = llm._new_scheduler()
+    scheduler = llm.new_scheduler()
     scheduler.add(plan)
     while scheduler.has_unfinished:
         batch = scheduler.schedule()
         step = build_model_input(batch, llm.config.block_size)
-        logits = llm._runner.logits(step)
+        logits = llm.runner.logits(step)
         rows = step.samples.row_index.tolist()
         got |= {i: row.float() for i, row in zip(rows, logits, strict=True)}
         scheduler.update(batch, StepOutput(logits.argmax(-1).numpy().astype(np.int32)))

@@ -28,7 +28,7 @@ ALLOWED = {
     "sampling": {"errors", "request", "scheduler", "sampling"},
     "runner": {
         *("errors", "request", "config", "prefix", "cache", "scheduler"),
-        *("attention", "models", "sampling", "runner"),
+        *("attention", "models", "sampling", "simulate", "runner"),
     },
     "report": {
         *("errors", "request", "prefix", "cache", "scheduler", "simulate", "text", "progress"),

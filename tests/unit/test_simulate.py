@@ -1,5 +1,7 @@
 """Cost model, bound and simulator, against definitions and each other."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,11 +12,14 @@ from batchllm.cache.block_pool import BlockPool
 from batchllm.errors import UsageError
 from batchllm.prefix.plan import plan_tokens
 from batchllm.request import RaggedTokens, SamplingParams
+from batchllm.scheduler.batch import StepOutput
 from batchllm.scheduler.scheduler import Scheduler
 from batchllm.scheduler.streaming import StreamingScheduler
 from batchllm.simulate.bound import bound
+from batchllm.simulate.calibrate import MeasuredStep, calibrate
 from batchllm.simulate.cost import CostModel
-from batchllm.simulate.machine import Machine, get_machine
+from batchllm.simulate.machine import MACHINES, Machine, get_machine
+from batchllm.simulate.saved import save_machine, this_machine
 from batchllm.simulate.shape import ModelShape, get_shape
 from batchllm.simulate.simulator import END_TOKEN, simulate
 
@@ -148,7 +153,7 @@ def test_a_step_costs_what_its_parts_cost():
     assert run.gemm_seconds == pytest.approx(prefill + decode)
     assert run.head_seconds == pytest.approx(2 * max(2 * head / 1e6, 2 * head / 1e6))
     flops, kv = SHAPE.attention_flops, SHAPE.kv_bytes_per_token
-    reads = [max(pairs * flops / 1e5, tokens * kv / 1e6) for pairs, tokens in ((55, 10), (11, 11))]
+    reads = [max(55 * flops / 1e5, 10 * kv / 1e6), 11 * kv / 1e6]
     assert run.attention_seconds == pytest.approx(sum(reads))
     assert run.overhead_seconds == pytest.approx(2 * 0.01)
 
@@ -178,3 +183,42 @@ def test_shapes_have_the_published_sizes():
 def test_a_model_that_does_not_fit_is_refused():
     with pytest.raises(UsageError, match="do not fit"):
         MACHINE.kv_tokens(get_shape("llama-3.1-8b"))
+
+
+def test_calibration_finds_the_figures_that_made_the_steps():
+    truth = replace(
+        MACHINE,
+        step_seconds=0.02,
+        token_seconds=3e-4,
+        head_slowdown=1.7,
+        attention_rate=2e5,
+        kv_bandwidth=3e4,
+        segment_seconds=5e-3,
+    )
+    costs, rng = CostModel(truth, SHAPE), np.random.default_rng(0)
+    steps = []
+    shapes = ((3, 4, 40, 6, 9), (20, 1, 0, 30, 3), (1, 9, 9, 4, 30))
+    for groups, members, prefix, own, output in shapes:
+        prompts = [[g, *[1] * prefix, m, *[2] * own] for g in range(groups) for m in range(members)]
+        scheduler = scheduler_for(900, 64)
+        scheduler.add(plan_of([(p, output) for p in prompts]))
+        while scheduler.has_unfinished:
+            batch = scheduler.schedule()
+            seconds = costs.cost(batch).seconds * rng.uniform(0.98, 1.02)
+            steps.append(MeasuredStep(batch, seconds))
+            scheduler.update(batch, StepOutput(np.zeros(len(batch.samples), np.int32)))
+    found = calibrate(MACHINE, SHAPE, steps)
+    fitted = CostModel(found, SHAPE)
+    errors = [fitted.cost(s.batch).seconds / costs.cost(s.batch).seconds - 1 for s in steps]
+    assert np.abs(errors).max() < 0.05
+    assert found.step_seconds == pytest.approx(truth.step_seconds, rel=0.2)
+    assert found.kv_bandwidth == pytest.approx(truth.kv_bandwidth, rel=0.2)
+
+
+def test_a_calibrated_machine_is_kept(tmp_path):
+    assert this_machine(tmp_path) == MACHINES["cpu"]
+    machine = replace(MACHINE, name="cpu", kv_bandwidth=7.0)
+    path = save_machine(machine, tmp_path)
+    assert this_machine(tmp_path) == machine
+    path.write_text('{"name": "cpu", "of another version": 1}')
+    assert this_machine(tmp_path) == MACHINES["cpu"]

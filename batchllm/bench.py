@@ -1,0 +1,139 @@
+"""What this machine does with a model: measured, fitted, and compared with what is predicted."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from batchllm.api import LLM
+from batchllm.prefix.plan import PrefixPlan, plan_tokens
+from batchllm.request import RaggedTokens, SamplingParams
+from batchllm.runner.measure import gemm_rates, read_bandwidth
+from batchllm.scheduler.batch import Batch, StepOutput
+from batchllm.simulate.bound import bound
+from batchllm.simulate.calibrate import MeasuredStep, calibrate
+from batchllm.simulate.choose import simulate_policy
+from batchllm.simulate.cost import CostModel
+from batchllm.simulate.machine import Machine
+from batchllm.simulate.saved import this_machine
+
+Ints = NDArray[np.int64]
+_FIRST_ID = 20  # ids below are special tokens in many vocabularies
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Groups of rows with a prefix each: random token ids, sizes in rows and tokens.
+
+    Answers have `output` tokens, or where `output_max` is given, evenly from `output` to that.
+    """
+
+    name: str
+    groups: int
+    members: int
+    prefix: int
+    own: int
+    output: int
+    output_max: int = 0
+
+    def plan(self, vocab_size: int, seed: int = 0) -> PrefixPlan:
+        """The workload, planned depth-first with known lengths."""
+        rng = np.random.default_rng(seed)
+        rows = self.groups * self.members
+        prefixes = rng.integers(_FIRST_ID, vocab_size, (self.groups, self.prefix))
+        endings = rng.integers(_FIRST_ID, vocab_size, (rows, self.own))
+        tokens = np.concatenate([np.repeat(prefixes, self.members, axis=0), endings], axis=1)
+        lengths = rng.integers(self.output, max(self.output, self.output_max) + 1, rows)
+        each, index = np.unique(lengths, return_inverse=True)
+        params = [SamplingParams(max_tokens=n, ignore_eos=True) for n in each.tolist()]
+        offsets = np.arange(rows + 1) * tokens.shape[1]
+        ragged = RaggedTokens(tokens.ravel().astype(np.int32), offsets)
+        return plan_tokens(ragged, params, index, policy="dfs")
+
+
+# What the figures are fitted to, and other workloads that they are checked on.
+CALIBRATION = (
+    Workload("short prompts", 96, 1, 0, 24, 6),
+    Workload("long prompts", 6, 1, 0, 700, 8),
+    Workload("few long prefixes", 2, 24, 600, 16, 24),
+    Workload("many short prefixes", 24, 6, 80, 24, 10),
+    Workload("few rows", 4, 1, 0, 60, 24),
+    Workload("uneven answers", 3, 12, 300, 40, 4, 60),
+)
+CHECKS = (
+    Workload("8x32, 512/32/32", 8, 32, 512, 32, 32),
+    Workload("4x16, 1024/64/8-128", 4, 16, 1024, 64, 8, 128),
+    Workload("64x1, 0/256/32", 64, 1, 0, 256, 32),
+    Workload("1x256, 370/40/2", 1, 256, 370, 40, 2),
+    Workload("32x4, 120/60/20", 32, 4, 120, 60, 20),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class BenchResult:
+    """A workload measured, simulated, and bounded, in seconds; tokens are prompt and output."""
+
+    workload: Workload
+    seconds: float
+    predicted: float
+    bound: float
+    num_tokens: int
+
+    def as_text(self) -> str:
+        """One line of a table."""
+        return (
+            f"  {self.workload.name:<24} {self.seconds:>8.2f} s "
+            f"{self.num_tokens / self.seconds:>9,.0f} tokens/s  "
+            f"predicted {self.predicted:>7.2f} s ({self.predicted / self.seconds - 1:+.1%})  "
+            f"{self.bound / self.seconds:>5.1%} of T_opt"
+        )
+
+
+class Bench:
+    """Runs workloads on a loaded model, step by step, with a clock."""
+
+    def __init__(self, llm: LLM) -> None:
+        self._llm = llm
+
+    def calibrate(self, notify: Callable[[str], None] = lambda _: None) -> Machine:
+        """Measure products and memory, run the calibration workloads, and fit."""
+        llm = self._llm
+        notify("measuring matrix products and memory")
+        start = replace(
+            this_machine(),
+            name="cpu",
+            gemm_rates=gemm_rates(llm.shape, llm.dtype),
+            bandwidth=read_bandwidth(),
+        )
+        steps: list[MeasuredStep] = []
+        self.run(CALIBRATION[0])  # the first steps of a process are slower
+        for workload in CALIBRATION:
+            notify(f"running {workload.name}")
+            steps += self.run(workload)
+        return calibrate(start, llm.shape, steps)
+
+    def check(self, workload: Workload, machine: Machine) -> BenchResult:
+        """Run a workload and compare with what the machine's figures say."""
+        llm = self._llm
+        plan = workload.plan(llm.checkpoint.config.vocab_size)
+        outputs = plan.max_tokens[plan.tree.leaf_row]
+        seconds = sum(step.seconds for step in self.run(workload))
+        costs = CostModel(machine, llm.shape)
+        predicted = simulate_policy(plan, outputs, "dfs", llm.limits, costs).seconds
+        least = bound(plan.tree, outputs, machine, llm.shape, llm.num_kv_tokens).overlap
+        tokens = int(plan.tokens.lengths.sum() + plan.max_tokens.sum())
+        return BenchResult(workload, seconds, predicted, least, tokens)
+
+    def run(self, workload: Workload) -> list[MeasuredStep]:
+        """Run a workload; returns its steps."""
+        scheduler, steps = self._llm.new_scheduler(), []
+        scheduler.add(workload.plan(self._llm.checkpoint.config.vocab_size))
+        while scheduler.has_unfinished:
+            started = time.perf_counter()
+            batch: Batch = scheduler.schedule()
+            output: StepOutput = self._llm.runner.execute(batch)
+            scheduler.update(batch, output)
+            steps.append(MeasuredStep(batch, time.perf_counter() - started))
+        return steps

@@ -1,0 +1,64 @@
+"""The machine's own rates for a model's matrix products and its memory."""
+
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from batchllm.simulate.shape import ModelShape
+
+_ROWS = (1, 4, 16, 32, 64, 128, 256, 512, 1024, 2048)
+_SECONDS = 0.15  # for one measurement
+_READ_BYTES = 1 << 29  # far more than caches hold
+
+
+@torch.inference_mode()
+def gemm_rates(shape: ModelShape, dtype: str) -> tuple[tuple[int, float], ...]:
+    """FLOP/s of the body's products by rows, as `Machine.gemm_rates` has them.
+
+    The weights of several layers are taken in turn, so that, as in a step, they come from memory.
+    """
+    kind = {"bfloat16": torch.bfloat16, "float32": torch.float32}[dtype]
+    heads = shape.num_heads * shape.head_dim
+    sizes = (
+        (shape.hidden_size, heads + 2 * shape.num_kv_heads * shape.head_dim),
+        (heads, shape.hidden_size),
+        (shape.hidden_size, 2 * shape.intermediate_size),
+        (shape.intermediate_size, shape.hidden_size),
+    )
+    layers = [
+        [torch.randn(outputs, inputs).to(kind) for inputs, outputs in sizes]
+        for _ in range(min(shape.num_layers, 8))
+    ]
+    flops = 2 * sum(inputs * outputs for inputs, outputs in sizes) * len(layers)
+    rates = []
+    for rows in _ROWS:
+        given = {inputs: torch.randn(rows, inputs).to(kind) for inputs, _ in sizes}
+
+        def run(given: dict[int, torch.Tensor] = given) -> None:
+            for weights in layers:
+                for weight in weights:
+                    F.linear(given[weight.shape[1]], weight)
+
+        rates.append((rows, rows * flops / _least_seconds(run)))
+    return tuple(rates)
+
+
+@torch.inference_mode()
+def read_bandwidth() -> float:
+    """Bytes/s of reading memory."""
+    values = torch.ones(_READ_BYTES // 4)
+    return _READ_BYTES / _least_seconds(lambda: values.sum())
+
+
+def _least_seconds(call: Callable[[], object]) -> float:
+    """The least time of a call: anything else that runs can only slow one down."""
+    call()
+    least, tries, until = float("inf"), 0, time.perf_counter() + _SECONDS
+    while tries < 3 or time.perf_counter() < until:
+        started = time.perf_counter()
+        call()
+        least = min(least, time.perf_counter() - started)
+        tries += 1
+    return least

@@ -1,0 +1,70 @@
+"""From measured steps to a machine."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from batchllm.scheduler.batch import Batch
+from batchllm.simulate.cost import CostModel, work_of
+from batchllm.simulate.machine import Machine
+from batchllm.simulate.shape import ModelShape
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredStep:
+    """A batch and how long it took."""
+
+    batch: Batch
+    seconds: float
+
+
+def calibrate(machine: Machine, shape: ModelShape, steps: Sequence[MeasuredStep]) -> Machine:
+    """Fit what products do not explain of `steps` to the machine's other figures.
+
+    `machine` brings the rates of the products and the memory. A step's rest is taken to be linear
+    in: one for the step, its tokens, its samples' head, the pairs of query and key in prefill and
+    shared reads, the tokens that decodes read, and the segments read apart. Fitted is the relative
+    error, by least squares, without negative figures.
+    """
+    costs = CostModel(machine, shape)
+    rows, rest = [], []
+    for step in steps:
+        work = work_of(step.batch)
+        head = costs.product(shape.head_parameters, work.num_samples)
+        features = np.array(
+            [1.0, work.num_tokens, head, work.pairs, work.decode_reads, work.num_segments]
+        )
+        rows.append(features / step.seconds)
+        body = costs.product(shape.body_parameters, work.num_tokens)
+        rest.append((step.seconds - body) / step.seconds)
+    step, token, head, pair, read, segment = _least_squares(np.array(rows), np.array(rest))
+    tiny = 1e-15
+    return replace(
+        machine,
+        step_seconds=float(step),
+        token_seconds=float(token),
+        head_slowdown=float(max(head, 0.1)),
+        attention_rate=float(shape.attention_flops / max(pair, tiny)),
+        kv_bandwidth=float(shape.kv_bytes_per_token / max(read, tiny)),
+        segment_seconds=float(segment),
+    )
+
+
+def _least_squares(rows: Floats, wanted: Floats) -> Floats:
+    """Non-negative least squares: negative figures are set to 0 and the others fitted again."""
+    scale = np.abs(rows).max(axis=0)
+    scale[scale == 0] = 1.0
+    kept = np.ones(rows.shape[1], dtype=np.bool_)
+    found: Floats = np.zeros(rows.shape[1])
+    while kept.any():
+        part, *_ = np.linalg.lstsq(rows[:, kept] / scale[kept], wanted, rcond=None)
+        if (part >= 0).all():
+            found[kept] = part / scale[kept]
+            break
+        places = np.flatnonzero(kept)
+        kept[places[part < 0]] = False
+    return found
