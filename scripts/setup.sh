@@ -15,7 +15,12 @@ as_root() { if [ "$(id -u)" = 0 ]; then "$@"; else sudo -n "$@"; fi; }
 
 find_python() {
     local name
-    for name in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
+    if [ -n "${PYTHON:-}" ]; then
+        is_new_enough "$PYTHON" || stop "PYTHON is '$PYTHON', which is not a Python 3.11 or later that runs"
+        echo "$PYTHON"
+        return
+    fi
+    for name in python3 python3.13 python3.12 python3.11; do
         if is_new_enough "$name"; then echo "$name"; return; fi
     done
     stop "no Python 3.11 or later found; install one (apt-get install python3) or set PYTHON"
@@ -24,11 +29,14 @@ find_python() {
 # Debian and Ubuntu ship Python without the parts that make virtual environments.
 ensure_venv() {
     "$1" -c 'import venv, ensurepip' 2>/dev/null && return
-    local package
+    local package log
     package=$("$1" -c 'import sys; print(f"python{sys.version_info[0]}.{sys.version_info[1]}-venv")')
+    as_root true 2>/dev/null ||
+        stop "$1 cannot make virtual environments; run as root: apt-get update && apt-get install $package"
     say "installing $package, which $1 needs to make virtual environments"
-    { as_root apt-get -qq update && as_root apt-get -qq install -y "$package"; } >/dev/null 2>&1 ||
-        stop "could not; run as root: apt-get install $package"
+    log=$({ as_root apt-get -qq update || true
+        as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq install -y "$package"; } 2>&1) ||
+        stop "could not install $package:"$'\n'"$log"
 }
 
 python=$(find_python)
@@ -37,7 +45,7 @@ mark="$venv/.batchllm-$kind"
 wanted=$(cat pyproject.toml constraints.txt | sha256sum)
 if [ -f "$mark" ] && [ "$(cat "$mark")" = "$wanted" ]; then exit 0; fi
 
-if [ ! -x "$venv/bin/python" ]; then
+if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then  # none, or not made to the end
     ensure_venv "$python"
     say "making $venv with $("$python" --version)"
     "$python" -m venv "$venv"

@@ -26,28 +26,27 @@ def calibrate(machine: Machine, shape: ModelShape, steps: Sequence[MeasuredStep]
     """Fit what products do not explain of `steps` to the machine's other figures.
 
     `machine` brings the rates of the products and the memory. A step's rest is taken to be linear
-    in: one for the step, its tokens, its samples' head, the pairs of query and key in prefill and
-    shared reads, the tokens that decodes read, and the segments read apart. Fitted is the relative
-    error, by least squares, without negative figures.
+    in: one for the step, its tokens, its samples, the pairs of query and key in prefill and shared
+    reads, the tokens that decodes read, and the segments read apart. Fitted is the relative error,
+    by least squares, without negative figures.
     """
     costs = CostModel(machine, shape)
     rows, rest = [], []
     for step in steps:
         work = work_of(step.batch)
-        head = costs.product(shape.head_parameters, work.num_samples)
-        features = np.array(
-            [1.0, work.num_tokens, head, work.pairs, work.decode_reads, work.num_segments]
-        )
+        counts = (work.num_tokens, work.num_samples, work.pairs)
+        features = np.array([1.0, *counts, work.decode_reads, work.num_segments])
         rows.append(features / step.seconds)
-        body = costs.product(shape.body_parameters, work.num_tokens)
-        rest.append((step.seconds - body) / step.seconds)
-    step, token, head, pair, read, segment = _least_squares(np.array(rows), np.array(rest))
+        products = costs.product(shape.body_parameters, work.num_tokens)
+        products += costs.product(shape.head_parameters, work.num_samples)
+        rest.append((step.seconds - products) / step.seconds)
+    each, token, sample, pair, read, segment = _least_squares(np.array(rows), np.array(rest))
     tiny = 1e-15
     return replace(
         machine,
-        step_seconds=float(step),
+        step_seconds=float(each),
         token_seconds=float(token),
-        head_slowdown=float(max(head, 0.1)),
+        sample_seconds=float(sample),
         attention_rate=float(shape.attention_flops / max(pair, tiny)),
         kv_bandwidth=float(shape.kv_bytes_per_token / max(read, tiny)),
         segment_seconds=float(segment),

@@ -72,12 +72,14 @@ class CostModel:
         """The batch's cost, over all the steps it stands for."""
         machine, shape, steps = self._machine, self._shape, batch.num_steps
         num_tokens = batch.num_tokens
-        head = machine.head_slowdown * self.product(shape.head_parameters, len(batch.samples))
+        num_samples = len(batch.samples)
+        apart = machine.step_seconds + machine.token_seconds * num_tokens
+        apart += machine.sample_seconds * num_samples
         return StepCost(
             gemm=steps * self.product(shape.body_parameters, num_tokens),
-            head=steps * head,
+            head=steps * self.product(shape.head_parameters, num_samples),
             attention=self._attention(batch),
-            overhead=steps * (machine.step_seconds + machine.token_seconds * num_tokens),
+            overhead=steps * apart,
         )
 
     def product(self, parameters: int, num_tokens: int) -> float:

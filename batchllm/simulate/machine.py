@@ -19,9 +19,9 @@ class Machine:
     rate), ascending; between them the rate is interpolated over the logarithm of the tokens, and
     outside it is the nearest one's. `attention_rate` is FLOP/s of attention over long segments,
     `bandwidth` bytes/s of memory, `step_seconds` what a step costs whatever is in it, and
-    `token_seconds` what a token costs beyond its products. `memory` is in bytes. The head's
-    products take `head_slowdown` times what the rates say; decodes read KV at `kv_bandwidth` (None:
-    as weights are read); every shared segment and prefill chunk costs `segment_seconds` more.
+    `token_seconds` what a token costs beyond its products, `sample_seconds` a
+    sampled one more. `memory` is in bytes. Decodes read KV at `kv_bandwidth` (None: as weights are
+    read); every shared segment and prefill chunk costs `segment_seconds` more.
     `one_attention_launch`: all of a step's attention runs at once, so that what is bound by
     arithmetic hides what is bound by reading; otherwise segments run one behind the other.
     `max_num_batched_tokens` is the step's budget that suits it; the `streaming_…` limits are vLLM
@@ -35,7 +35,7 @@ class Machine:
     memory: int
     step_seconds: float
     token_seconds: float = 0.0
-    head_slowdown: float = 1.0
+    sample_seconds: float = 0.0
     kv_bandwidth: float | None = None
     segment_seconds: float = 0.0
     one_attention_launch: bool = False
@@ -66,7 +66,8 @@ class Machine:
             f"attention {self.attention_rate / 1e9:,.0f} GFLOP/s, memory "
             f"{self.bandwidth / 1e9:,.1f} GB/s, KV {kv:,.1f} GB/s\n"
             f"a step {self.step_seconds * 1e3:.2f} ms, a token {self.token_seconds * 1e6:.1f} us, "
-            f"a segment {self.segment_seconds * 1e3:.2f} ms, head x {self.head_slowdown:.2f}"
+            f"a sample {self.sample_seconds * 1e6:.1f} us, a segment "
+            f"{self.segment_seconds * 1e3:.2f} ms"
         )
 
     def kv_tokens(self, shape: ModelShape) -> int:

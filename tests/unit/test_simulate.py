@@ -190,7 +190,7 @@ def test_calibration_finds_the_figures_that_made_the_steps():
         MACHINE,
         step_seconds=0.02,
         token_seconds=3e-4,
-        head_slowdown=1.7,
+        sample_seconds=2e-3,
         attention_rate=2e5,
         kv_bandwidth=3e4,
         segment_seconds=5e-3,
