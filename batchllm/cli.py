@@ -270,6 +270,7 @@ def plan(
         from batchllm.simulate.saved import this_machine
         from batchllm.simulate.shape import get_shape, shape_of
         from batchllm.text.prompts import PromptBuilder, PromptSpec
+        from batchllm.text.template import RowTemplate
 
         spec = PromptSpec(
             prompt_column=prompt_column,
@@ -308,8 +309,12 @@ def plan(
             tokenizer,
             max_tokens=max_tokens,
             kv_tokens=simulation.report.kv_tokens,
+            fields=RowTemplate(spec.template).columns if spec.template else (),
+            expect=simulation.expect,
             also=simulation.add if simulate else lambda prompts: None,
         )
+        if machine != "cpu":
+            report.machine = machine
         simulated = simulation.report if simulate else None
         if as_json:
             extra = {"simulation": simulated.as_dict()} if simulated else {}

@@ -1,6 +1,6 @@
 """What sharing a table has, found without loading a model's weights."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -9,6 +9,8 @@ import pyarrow as pa
 
 from batchllm.prefix.plan import PrefixGroup, biggest_groups
 from batchllm.prefix.tree import Ints, build_tree
+from batchllm.progress import duration
+from batchllm.report.advice import advise_field_order
 from batchllm.report.bars import by_powers
 from batchllm.report.lru import LRUReplay
 from batchllm.report.prompts import Prompts
@@ -47,10 +49,14 @@ class PlanReport:
     computed_tokens: int = 0
     distinct_prefixes: int = 0
     longest_prompt: int = 0
+    output_tokens: int = 0
     errors: dict[str, int] = field(default_factory=dict)
     prefixes: list[SharedPrefix] = field(default_factory=list)
     saved_by_rows: dict[int, int] = field(default_factory=dict)
     saved_by_depth: dict[int, int] = field(default_factory=dict)
+    advice: list[str] = field(default_factory=list)
+    expected_seconds: float | None = None
+    machine: str = "this machine"
     lru_saved_share: float | None = None
     lru_kv_tokens: int | None = None
 
@@ -81,6 +87,12 @@ class PlanReport:
                 f"with KV memory for {self.lru_kv_tokens:,} tokens"
             )
         lines.append(f"longest prompt     {self.longest_prompt:>14,}")
+        if self.expected_seconds is not None:
+            lines.append(
+                f"expected time      {duration(self.expected_seconds):>14}  "
+                f"on {self.machine}, for answers of "
+                f"{self.output_tokens / max(self.rows, 1):,.0f} tokens"
+            )
         if self.prefixes:
             lines += ["", "prefixes that save most"]
             lines += [
@@ -94,6 +106,8 @@ class PlanReport:
         ):
             if chart := by_powers(title, unit, amounts):
                 lines += ["", *chart]
+        if self.advice:
+            lines += ["", *(f"advice: {text}" for text in self.advice)]
         return "\n".join(lines)
 
 
@@ -125,6 +139,7 @@ def add_window(report: PlanReport, prompts: Prompts, tokenizer: Tokenizer, *, to
     tree = build_tree(prompts.tokens, prompts.output_tokens)
     report.duplicate_rows += tree.num_rows - tree.num_leaves
     report.prompt_tokens += int(prompts.tokens.lengths.sum())
+    report.output_tokens += int(prompts.output_tokens.sum())
     report.computed_tokens += tree.num_tokens
     report.distinct_prefixes += tree.num_distinct_prefixes
     report.longest_prompt = max(report.longest_prompt, int(prompts.tokens.lengths.max()))
@@ -146,16 +161,35 @@ def report_plan(
     *,
     max_tokens: int = 256,
     kv_tokens: int | None = None,
+    fields: Sequence[str] = (),
+    expect: Callable[[Prompts], float] | None = None,
     also: Callable[[Prompts], None] = lambda prompts: None,
 ) -> PlanReport:
-    """Plan each window's table and add the windows up; `also` sees each window's prompts.
+    """Plan each window's table and add the windows up.
 
-    With `kv_tokens`, an LRU cache of that size is compared with.
+    Args:
+        tables: the windows.
+        builder: makes their prompts.
+        tokenizer: shows shared prefixes as text.
+        max_tokens: how long an answer is where no column says.
+        kv_tokens: the size of an LRU cache to compare with.
+        fields: a template's columns, in its order, for advice on that; judged by the first window.
+        expect: how many seconds a window's prompts take.
+        also: sees each window's prompts.
     """
     report = PlanReport(lru_kv_tokens=kv_tokens)
     replay = None if kv_tokens is None else LRUReplay(kv_tokens)
-    for prompts in read_prompts(tables, builder, max_tokens, report):
+
+    def advised() -> Iterator[pa.Table]:
+        for table in tables:
+            if not report.windows:
+                report.advice = advise_field_order(table, fields)
+            yield table
+
+    for prompts in read_prompts(advised(), builder, max_tokens, report):
         add_window(report, prompts, tokenizer)
+        if expect is not None:
+            report.expected_seconds = (report.expected_seconds or 0.0) + expect(prompts)
         if replay is not None:
             replay.add(prompts.tokens)
             report.lru_saved_share = replay.saved_share

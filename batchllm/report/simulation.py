@@ -9,7 +9,7 @@ from batchllm.progress import duration
 from batchllm.report.prompts import Prompts
 from batchllm.scheduler.factory import SchedulerLimits
 from batchllm.simulate.bound import bound
-from batchllm.simulate.choose import choose_policy, simulate_policy
+from batchllm.simulate.choose import choose_policy, sample_leaves, simulate_policy
 from batchllm.simulate.cost import CostModel
 from batchllm.simulate.machine import Machine
 from batchllm.simulate.shape import ModelShape
@@ -127,6 +127,18 @@ class TableSimulation:
         )
         self.report = SimulationReport(machine.name, room)
         self.report.outcomes = [PolicyOutcome(policy) for policy in policies]
+
+    def expect(self, prompts: Prompts) -> float:
+        """Seconds that a window would take, from a sample where it is large."""
+        plan = prompts.plan("dfs")
+        outputs = plan.max_tokens[plan.tree.leaf_row]
+        some, some_outputs = sample_leaves(plan, outputs)
+        run = simulate_policy(some, some_outputs, "dfs", self.limits, self.costs)
+        whole, part = (
+            bound(p.tree, o, self._machine, self._shape, self.report.kv_tokens).total
+            for p, o in ((plan, outputs), (some, some_outputs))
+        )
+        return run.seconds * whole / part
 
     def add(self, prompts: Prompts) -> None:
         """Simulate a window."""

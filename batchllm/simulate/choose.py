@@ -33,7 +33,7 @@ def choose_policy(
     A window too large to simulate in a moment is judged by a sample of its rows, taken in runs of
     neighbours so that they share what the window shares.
     """
-    plan, outputs = _sample(plan, outputs)
+    plan, outputs = sample_leaves(plan, outputs)
     seconds = {
         policy: simulate_policy(plan, outputs, policy, limits, costs).seconds
         for policy in CANDIDATES
@@ -41,7 +41,8 @@ def choose_policy(
     return min(CANDIDATES, key=seconds.__getitem__)
 
 
-def _sample(plan: PrefixPlan, outputs: Ints) -> tuple[PrefixPlan, Ints]:
+def sample_leaves(plan: PrefixPlan, outputs: Ints) -> tuple[PrefixPlan, Ints]:
+    """A plan of a few thousand of the leaves, with their outputs, or of all if they are few."""
     tree = plan.tree
     if tree.num_leaves <= _SAMPLE_LEAVES:
         return plan, outputs

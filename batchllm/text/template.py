@@ -22,7 +22,7 @@ class RowTemplate:
     global functions are absent, so that a column may have any name. A null value is an error where
     it would be printed (`{{ subtitle or "" }}` prints nothing for it), and so is an undefined name.
 
-    `columns` are the columns the template reads, in the order of their names.
+    `columns` are the columns the template reads, in the order in which it does first.
 
     Raises:
         UsageError: not valid Jinja, or single braces meant as variables.
@@ -37,8 +37,9 @@ class RowTemplate:
             raise UsageError(
                 f"the template is not valid Jinja: {error.message} (line {error.lineno})"
             ) from None
-        names = meta.find_undeclared_variables(tree) - {_ROW}
-        self.columns = tuple(sorted(names | _row_keys(tree)))
+        names = (meta.find_undeclared_variables(tree) - {_ROW}) | _row_keys(tree)
+        places = _first_places(tree)
+        self.columns = tuple(sorted(names, key=lambda name: (places.get(name, len(places)), name)))
 
     def render(self, row: Mapping[str, Any]) -> str:
         """Render one row, given as column name → value.
@@ -73,6 +74,21 @@ def _row_keys(tree: nodes.Template) -> set[str]:
     if sum(map(_is_row, tree.find_all(nodes.Name))) > len(reads):
         raise UsageError('the template uses `row` without a column: write {{ row["name"] }}')
     return {str(name) for name in reads}
+
+
+def _first_places(tree: nodes.Template) -> dict[str, int]:
+    """In which order names, and what is read through `row`, come in the template."""
+    places: dict[str, int] = {}
+    for node in tree.find_all((nodes.Name, nodes.Getitem)):
+        if isinstance(node, nodes.Name):
+            places.setdefault(node.name, len(places))
+        elif (
+            isinstance(node, nodes.Getitem)
+            and _is_row(node.node)
+            and isinstance(node.arg, nodes.Const)
+        ):
+            places.setdefault(str(node.arg.value), len(places))
+    return places
 
 
 def _is_row(node: nodes.Node) -> bool:

@@ -111,7 +111,7 @@ def test_a_column_that_occurs_twice_is_refused():
 
 def test_needed_columns():
     spec = PromptSpec(template="{{ b }}{{ a }}{{ row['c d'] }}", max_tokens_column="b")
-    assert spec.columns == ("a", "b", "c d")
+    assert spec.columns == ("b", "a", "c d")
     assert PromptSpec(messages_column="m", max_tokens_column="n").columns == ("m", "n")
 
 

@@ -9,11 +9,11 @@ from batchllm.text.template import RowTemplate
 @pytest.mark.parametrize(
     ("source", "columns", "expected"),
     [
-        ("{{ title }}: {{ body }}", ("body", "title"), "T: B"),
+        ("{{ title }}: {{ body }}", ("title", "body"), "T: B"),
         ('{{ row["Full Name"] }}', ("Full Name",), "N"),
         ("{% for x in tags %}{{ x }},{% endfor %}", ("tags",), "1,2,"),
         ("{% set x = title %}{{ x }}", ("title",), "T"),
-        ("{{ range }}{{ dict }}", ("dict", "range"), "RD"),  # no globals in a column's way
+        ("{{ range }}{{ dict }}", ("range", "dict"), "RD"),  # no globals in a column's way
         ('{"title": {{ title | tojson }}}', ("title",), '{"title": "T"}'),
         ("{{ missing or '-' }}", ("missing",), "-"),
         ("{% if missing is none %}x{% endif %}", ("missing",), "x"),
