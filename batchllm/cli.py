@@ -10,6 +10,43 @@ from typing import Annotated
 import typer
 
 from batchllm import __version__
+from batchllm.cli_options import (
+    Chat,
+    Dtype,
+    IgnoreEos,
+    Input,
+    KvMemory,
+    Limit,
+    MaxErrors,
+    MaxModelLen,
+    MaxNumBatchedTokens,
+    MaxNumSeqs,
+    MaxTokens,
+    MaxTokensColumn,
+    MessagesColumn,
+    ModelName,
+    Output,
+    OutputColumn,
+    PlanAsJson,
+    PlanKvMemory,
+    PlanMachine,
+    PlanMaxTokens,
+    PlanModelShape,
+    PlanSimulate,
+    Policy,
+    PromptColumn,
+    Quiet,
+    Seed,
+    Sharing,
+    Summary,
+    System,
+    Temperature,
+    Template,
+    TokenIdsColumn,
+    TopK,
+    TopP,
+    WindowRows,
+)
 from batchllm.errors import BatchLLMError, UsageError
 
 FAILED, USAGE, TOO_MANY_ERRORS, INTERRUPTED = 1, 2, 3, 130
@@ -25,50 +62,6 @@ app = typer.Typer(
 models_app = typer.Typer(help="Models that are known by name: list them, pull them.")
 app.add_typer(models_app, name="models")
 
-_PROMPT, _SAMPLING, _ENGINE = "Prompt (exactly one source)", "Sampling", "Engine"
-_SIMULATION = "Simulation"
-Input = Annotated[
-    str, typer.Argument(metavar="INPUT", help="A Parquet file, a directory of them, or a glob.")
-]
-Output = Annotated[str, typer.Argument(metavar="OUTPUT", help="A .parquet file or a directory.")]
-ModelName = Annotated[
-    str | None,
-    typer.Option("--model", help="Directory, GGUF file, hub id or name. [default: built in]"),
-]
-PromptColumn = Annotated[
-    str | None, typer.Option(help="Column of prompts.", rich_help_panel=_PROMPT)
-]
-MessagesColumn = Annotated[
-    str | None,
-    typer.Option(help="Column of chats: lists of role and content.", rich_help_panel=_PROMPT),
-]
-TokenIdsColumn = Annotated[
-    str | None, typer.Option(help="Column of token ids.", rich_help_panel=_PROMPT)
-]
-Template = Annotated[
-    str | None,
-    typer.Option(
-        help="Jinja template over the columns, like '{{ title }}'; or @FILE.",
-        rich_help_panel=_PROMPT,
-    ),
-]
-System = Annotated[str | None, typer.Option(help="System message.", rich_help_panel=_PROMPT)]
-Chat = Annotated[
-    bool | None,
-    typer.Option(
-        "--chat/--no-chat",
-        help="Wrap prompts in the model's chat template. [default: if it has one]",
-        rich_help_panel=_PROMPT,
-        show_default=False,
-    ),
-]
-MaxTokensColumn = Annotated[
-    str | None,
-    typer.Option(help="Column of each row's own --max-tokens.", rich_help_panel=_SAMPLING),
-]
-WindowRows = Annotated[int, typer.Option(help="Rows planned and written together.")]
-Limit = Annotated[int | None, typer.Option(help="Only the first N rows.")]
-
 
 @app.command()
 def run(
@@ -81,70 +74,26 @@ def run(
     template: Template = None,
     system: System = None,
     chat: Chat = None,
-    output_column: Annotated[str, typer.Option(help="The answer's column.")] = "answer",
-    max_tokens: Annotated[
-        int, typer.Option(help="Longest answer, in tokens.", rich_help_panel=_SAMPLING)
-    ] = 256,
+    output_column: OutputColumn = "answer",
+    max_tokens: MaxTokens = 256,
     max_tokens_column: MaxTokensColumn = None,
-    temperature: Annotated[
-        float, typer.Option(help="0 is greedy.", rich_help_panel=_SAMPLING)
-    ] = 0.0,
-    top_p: Annotated[
-        float, typer.Option(help="Nucleus sampling; 1 is off.", rich_help_panel=_SAMPLING)
-    ] = 1.0,
-    top_k: Annotated[
-        int, typer.Option(help="Most likely tokens kept; 0 is off.", rich_help_panel=_SAMPLING)
-    ] = 0,
-    seed: Annotated[
-        int, typer.Option(help="A row draws by this and its index.", rich_help_panel=_SAMPLING)
-    ] = 0,
-    ignore_eos: Annotated[
-        bool, typer.Option("--ignore-eos", help="Go on to --max-tokens.", rich_help_panel=_SAMPLING)
-    ] = False,
-    dtype: Annotated[
-        str, typer.Option(help="auto, bfloat16 or float32.", rich_help_panel=_ENGINE)
-    ] = "auto",
-    policy: Annotated[
-        str,
-        typer.Option(
-            help="Order: auto, ratio, dfs, dual-scan, table-order; or streaming, "
-            "which plans nothing (to compare with).",
-            rich_help_panel=_ENGINE,
-        ),
-    ] = "auto",
-    sharing: Annotated[
-        bool,
-        typer.Option(
-            "--sharing/--no-sharing", help="Compute shared prefixes once.", rich_help_panel=_ENGINE
-        ),
-    ] = True,
-    kv_memory: Annotated[
-        str | None,
-        typer.Option(
-            help="KV cache size, like 4GiB. [default: half of what is free]",
-            rich_help_panel=_ENGINE,
-        ),
-    ] = None,
-    max_model_len: Annotated[
-        int | None,
-        typer.Option(
-            help="Prompt and answer together, in tokens. [default: the model's]",
-            rich_help_panel=_ENGINE,
-        ),
-    ] = None,
-    max_num_seqs: Annotated[
-        int, typer.Option(help="Most rows at once.", rich_help_panel=_ENGINE)
-    ] = 1024,
-    max_num_batched_tokens: Annotated[
-        int, typer.Option(help="Most tokens in a step.", rich_help_panel=_ENGINE)
-    ] = 2048,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Seed = 0,
+    ignore_eos: IgnoreEos = False,
+    dtype: Dtype = "auto",
+    policy: Policy = "auto",
+    sharing: Sharing = True,
+    kv_memory: KvMemory = None,
+    max_model_len: MaxModelLen = None,
+    max_num_seqs: MaxNumSeqs = 1024,
+    max_num_batched_tokens: MaxNumBatchedTokens = 2048,
     window_rows: WindowRows = 65_536,
-    max_errors: Annotated[
-        int | None, typer.Option(help="More failed rows than this: exit code 3.")
-    ] = None,
+    max_errors: MaxErrors = None,
     limit: Limit = None,
-    summary: Annotated[Path | None, typer.Option(help="Write the summary here, as JSON.")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    summary: Summary = None,
+    quiet: Quiet = False,
 ) -> None:
     """Answer every row of INPUT and write it, in order, to OUTPUT.
 
@@ -222,35 +171,14 @@ def plan(
     system: System = None,
     chat: Chat = None,
     max_tokens_column: MaxTokensColumn = None,
-    max_tokens: Annotated[
-        int, typer.Option(help="How long an answer is, in tokens.", rich_help_panel=_SIMULATION)
-    ] = 256,
+    max_tokens: PlanMaxTokens = 256,
     window_rows: WindowRows = 65_536,
     limit: Limit = None,
-    simulate: Annotated[
-        bool,
-        typer.Option(
-            "--simulate", help="Estimate the time under each policy.", rich_help_panel=_SIMULATION
-        ),
-    ] = False,
-    machine: Annotated[
-        str, typer.Option(help="cpu (this one), a100, h100 or h200.", rich_help_panel=_SIMULATION)
-    ] = "cpu",
-    model_shape: Annotated[
-        str | None,
-        typer.Option(
-            help="Sizes of another model, like llama-3.1-8b. [default: --model's]",
-            rich_help_panel=_SIMULATION,
-        ),
-    ] = None,
-    kv_memory: Annotated[
-        str | None,
-        typer.Option(
-            help="KV cache size, like 4GiB. [default: what the machine has]",
-            rich_help_panel=_SIMULATION,
-        ),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    simulate: PlanSimulate = False,
+    machine: PlanMachine = "cpu",
+    model_shape: PlanModelShape = None,
+    kv_memory: PlanKvMemory = None,
+    as_json: PlanAsJson = False,
 ) -> None:
     """Show what prompts INPUT's rows share. Needs the model's tokenizer, not its weights.
 

@@ -1,0 +1,128 @@
+"""The options of the command line, as types that commands share."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+_PROMPT, _SAMPLING, _ENGINE = "Prompt (exactly one source)", "Sampling", "Engine"
+_SIMULATION = "Simulation"
+Input = Annotated[
+    str, typer.Argument(metavar="INPUT", help="A Parquet file, a directory of them, or a glob.")
+]
+Output = Annotated[str, typer.Argument(metavar="OUTPUT", help="A .parquet file or a directory.")]
+ModelName = Annotated[
+    str | None,
+    typer.Option("--model", help="Directory, GGUF file, hub id or name. [default: built in]"),
+]
+PromptColumn = Annotated[
+    str | None, typer.Option(help="Column of prompts.", rich_help_panel=_PROMPT)
+]
+MessagesColumn = Annotated[
+    str | None,
+    typer.Option(help="Column of chats: lists of role and content.", rich_help_panel=_PROMPT),
+]
+TokenIdsColumn = Annotated[
+    str | None, typer.Option(help="Column of token ids.", rich_help_panel=_PROMPT)
+]
+Template = Annotated[
+    str | None,
+    typer.Option(
+        help="Jinja template over the columns, like '{{ title }}'; or @FILE.",
+        rich_help_panel=_PROMPT,
+    ),
+]
+System = Annotated[str | None, typer.Option(help="System message.", rich_help_panel=_PROMPT)]
+Chat = Annotated[
+    bool | None,
+    typer.Option(
+        "--chat/--no-chat",
+        help="Wrap prompts in the model's chat template. [default: if it has one]",
+        rich_help_panel=_PROMPT,
+        show_default=False,
+    ),
+]
+MaxTokensColumn = Annotated[
+    str | None,
+    typer.Option(help="Column of each row's own --max-tokens.", rich_help_panel=_SAMPLING),
+]
+WindowRows = Annotated[int, typer.Option(help="Rows planned and written together.")]
+Limit = Annotated[int | None, typer.Option(help="Only the first N rows.")]
+OutputColumn = Annotated[str, typer.Option(help="The answer's column.")]
+MaxTokens = Annotated[
+    int, typer.Option(help="Longest answer, in tokens.", rich_help_panel=_SAMPLING)
+]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.", rich_help_panel=_SAMPLING)]
+TopP = Annotated[float, typer.Option(help="Nucleus sampling; 1 is off.", rich_help_panel=_SAMPLING)]
+TopK = Annotated[
+    int, typer.Option(help="Most likely tokens kept; 0 is off.", rich_help_panel=_SAMPLING)
+]
+Seed = Annotated[
+    int, typer.Option(help="A row draws by this and its index.", rich_help_panel=_SAMPLING)
+]
+IgnoreEos = Annotated[
+    bool, typer.Option("--ignore-eos", help="Go on to --max-tokens.", rich_help_panel=_SAMPLING)
+]
+Dtype = Annotated[str, typer.Option(help="auto, bfloat16 or float32.", rich_help_panel=_ENGINE)]
+Policy = Annotated[
+    str,
+    typer.Option(
+        help="Order: auto, ratio, dfs, dual-scan, table-order; or streaming, "
+        "which plans nothing (to compare with).",
+        rich_help_panel=_ENGINE,
+    ),
+]
+Sharing = Annotated[
+    bool,
+    typer.Option(
+        "--sharing/--no-sharing", help="Compute shared prefixes once.", rich_help_panel=_ENGINE
+    ),
+]
+KvMemory = Annotated[
+    str | None,
+    typer.Option(
+        help="KV cache size, like 4GiB. [default: half of what is free]",
+        rich_help_panel=_ENGINE,
+    ),
+]
+MaxModelLen = Annotated[
+    int | None,
+    typer.Option(
+        help="Prompt and answer together, in tokens. [default: the model's]",
+        rich_help_panel=_ENGINE,
+    ),
+]
+MaxNumSeqs = Annotated[int, typer.Option(help="Most rows at once.", rich_help_panel=_ENGINE)]
+MaxNumBatchedTokens = Annotated[
+    int, typer.Option(help="Most tokens in a step.", rich_help_panel=_ENGINE)
+]
+MaxErrors = Annotated[int | None, typer.Option(help="More failed rows than this: exit code 3.")]
+Summary = Annotated[Path | None, typer.Option(help="Write the summary here, as JSON.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+PlanMaxTokens = Annotated[
+    int, typer.Option(help="How long an answer is, in tokens.", rich_help_panel=_SIMULATION)
+]
+PlanSimulate = Annotated[
+    bool,
+    typer.Option(
+        "--simulate", help="Estimate the time under each policy.", rich_help_panel=_SIMULATION
+    ),
+]
+PlanMachine = Annotated[
+    str, typer.Option(help="cpu (this one), a100, h100 or h200.", rich_help_panel=_SIMULATION)
+]
+PlanModelShape = Annotated[
+    str | None,
+    typer.Option(
+        help="Sizes of another model, like llama-3.1-8b. [default: --model's]",
+        rich_help_panel=_SIMULATION,
+    ),
+]
+PlanKvMemory = Annotated[
+    str | None,
+    typer.Option(
+        help="KV cache size, like 4GiB. [default: what the machine has]",
+        rich_help_panel=_SIMULATION,
+    ),
+]
+PlanAsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
