@@ -13,6 +13,7 @@ from batchllm.scheduler.admission import Candidates, find_candidates
 from batchllm.scheduler.assemble import Work, assemble
 from batchllm.scheduler.base import SchedulerStats
 from batchllm.scheduler.batch import Batch, FinishedSequence, StepOutput
+from batchllm.scheduler.idle import IdleNodes
 from batchllm.scheduler.lengths import Expectation, LengthEstimator
 from batchllm.scheduler.projection import Projection
 from batchllm.scheduler.queue import AdmissionQueue
@@ -76,7 +77,7 @@ class Scheduler:
         self._unfinished = ChildCount(state.parent, state.of_leaf)
         self._running = ChildCount(state.parent)
         self._nodes = _NONE  # those above running sequences, ascending
-        self._idle: dict[int, None] = {}  # nodes with KV that only waiting sequences need
+        self._idle = IdleNodes(state, self._tables, self.pool)
         self._admitted: Ints = np.zeros(state.count, dtype=np.int64)  # a running number
         self._deviation: Floats = np.zeros(state.count)  # of the expected lengths
         self._num_admitted = 0
@@ -256,8 +257,7 @@ class Scheduler:
         needed = self._running.add(sequences)
         assert len(needed) == len(admitted.nodes)
         self._nodes = np.sort(np.concatenate([self._nodes, needed]))
-        for node in needed.tolist():
-            self._idle.pop(node, None)
+        self._idle.remove(needed)
         self._work = np.concatenate([self._work, admitted.work(self._state)])
 
     def _remaining(self, sequences: Ints) -> Expectation:
@@ -332,25 +332,7 @@ class Scheduler:
     # Memory
 
     def _reclaim(self, count: int) -> bool:
-        """Have `count` blocks free, dropping idle nodes if need be; false if that is not enough."""
-        if self.pool.num_free < count and self._idle:
-            head = self._queue.peek(1)
-            spared = self._path(int(head[0])) if len(head) else set()
-            while self.pool.num_free < count and self._idle:
-                oldest = next(iter(self._idle))
-                self._drop(next((n for n in self._idle if n not in spared), oldest))
-        return self.pool.num_free >= count
-
-    def _path(self, segment: int) -> set[int]:
-        """The nodes above a segment."""
-        path = set()
-        while (segment := int(self._state.parent[segment])) != NOBODY:
-            path.add(segment)
-        return path
-
-    def _drop(self, node: int) -> None:
-        del self._idle[node]
-        self._free(np.array([node]))
+        return self._idle.reclaim(count, self._queue.peek(1))
 
     def _free(self, segments: Ints) -> None:
         self._tables.release(segments)
@@ -379,13 +361,11 @@ class Scheduler:
         if len(nodes):
             self._projection.drop_nodes(nodes)
             self._nodes = self._nodes[self._running.children[self._nodes] > 0]
-            held = nodes[self._tables.num_held[nodes] > 0]
-            self._idle |= dict.fromkeys(held.tolist())
+            self._idle.add(nodes)
 
     def _drop_finished(self, nodes: Ints) -> None:
         """No sequence below these nodes is unfinished."""
-        for node in nodes.tolist():
-            self._idle.pop(node, None)
+        self._idle.remove(nodes)
         self._free(nodes)
 
     def _ends(self, token_ids: TokenIds) -> NDArray[np.bool_]:
