@@ -281,12 +281,19 @@ def command(source, output, model, *extra):
     return [str(w) for w in [*words, "--ignore-eos", *extra]]
 
 
+def listen_to_interrupts():
+    """A shell's background jobs, these tests perhaps among them, inherit that SIGINT is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_an_interrupted_run_goes_on(source, table, tmp_path, tiny_model):
     output = tmp_path / "o.parquet"
-    # Many small windows take seconds, so the signal comes well before the end; the runs after it
-    # have one window each and take no time.
-    words = command(source, output, tiny_model, "--window-rows", 2)
-    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
+    # Several windows take seconds, so the signal comes well before the end; the runs after it have
+    # one window each and take no time.
+    words = command(source, output, tiny_model, "--window-rows", 5)
+    with subprocess.Popen(
+        words, stderr=subprocess.PIPE, text=True, preexec_fn=listen_to_interrupts
+    ) as process:
         manifest = tmp_path / ".o.parquet.batchllm" / "manifest.jsonl"
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
