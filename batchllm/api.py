@@ -75,6 +75,7 @@ class LLM:
         self._scheduler = self.new_scheduler()
         self.load_seconds = time.perf_counter() - started
         self.metrics = Metrics()
+        self.chosen_policies: set[str] = set()  # by `auto`, for the windows so far
 
     @overload
     def generate(
@@ -228,6 +229,7 @@ class LLM:
         outputs = self._lengths.expected(plan)
         if policy == AUTO:
             policy = choose_policy(plan, outputs, self.limits, self._costs)
+            self.chosen_policies.add(policy)
         plan = reorder(plan, policy, outputs)
         if self._lengths.knows or all(p.ignore_eos for p in plan.params):
             return plan

@@ -136,6 +136,7 @@ def _answer(
         progress.note(f"going on after {done_rows:,} rows that are done already")
     ranges = pending(num_rows, store.finished, config.window_rows)
     load_seconds, num_kv_blocks = 0.0, 0
+    policy = config.engine.policy
     if ranges:
         llm = LLM(checkpoint, config.engine)
         load_seconds, num_kv_blocks = llm.load_seconds, llm.num_kv_blocks
@@ -151,6 +152,8 @@ def _answer(
                 store.write_window(window.rows, table, llm.metrics.as_dict())
         finally:
             progress.close()
+        if llm.chosen_policies:
+            policy = f"{policy} ({', '.join(sorted(llm.chosen_policies))})"
     total = Metrics.total(store.window_counters)
     store.finish(
         {
@@ -159,7 +162,7 @@ def _answer(
             "output": str(config.output),
             "model": str(checkpoint.path.name),
             "dtype": choose_dtype(config.engine.dtype, checkpoint.config.dtype),
-            "policy": config.engine.policy,
+            "policy": policy,
             "sharing": config.engine.sharing,
             **total.as_dict(),
             "saved_share": round(total.saved_share, 6),
