@@ -11,12 +11,16 @@ import typer
 
 from batchllm import __version__
 from batchllm.cli_options import (
+    AnswerTokens,
+    AsJson,
     Chat,
     Dtype,
     IgnoreEos,
     Input,
     KvMemory,
     Limit,
+    MachineKvMemory,
+    MachineName,
     MaxErrors,
     MaxModelLen,
     MaxNumBatchedTokens,
@@ -25,19 +29,15 @@ from batchllm.cli_options import (
     MaxTokensColumn,
     MessagesColumn,
     ModelName,
+    ModelShapeName,
     Output,
     OutputColumn,
-    PlanAsJson,
-    PlanKvMemory,
-    PlanMachine,
-    PlanMaxTokens,
-    PlanModelShape,
-    PlanSimulate,
     Policy,
     PromptColumn,
     Quiet,
     Seed,
     Sharing,
+    Simulate,
     Summary,
     System,
     Temperature,
@@ -171,14 +171,14 @@ def plan(
     system: System = None,
     chat: Chat = None,
     max_tokens_column: MaxTokensColumn = None,
-    max_tokens: PlanMaxTokens = 256,
+    max_tokens: AnswerTokens = 256,
     window_rows: WindowRows = 65_536,
     limit: Limit = None,
-    simulate: PlanSimulate = False,
-    machine: PlanMachine = "cpu",
-    model_shape: PlanModelShape = None,
-    kv_memory: PlanKvMemory = None,
-    as_json: PlanAsJson = False,
+    simulate: Simulate = False,
+    machine: MachineName = "cpu",
+    model_shape: ModelShapeName = None,
+    kv_memory: MachineKvMemory = None,
+    as_json: AsJson = False,
 ) -> None:
     """Show what prompts INPUT's rows share. Needs the model's tokenizer, not its weights.
 
@@ -281,7 +281,7 @@ def bench(
 @app.command()
 def inspect(
     output: Output,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show what the run that wrote OUTPUT did, or has done so far."""
     with _errors_as_exit_codes("interrupted"):

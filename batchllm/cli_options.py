@@ -99,30 +99,30 @@ MaxNumBatchedTokens = Annotated[
 MaxErrors = Annotated[int | None, typer.Option(help="More failed rows than this: exit code 3.")]
 Summary = Annotated[Path | None, typer.Option(help="Write the summary here, as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
-PlanMaxTokens = Annotated[
+AnswerTokens = Annotated[
     int, typer.Option(help="How long an answer is, in tokens.", rich_help_panel=_SIMULATION)
 ]
-PlanSimulate = Annotated[
+Simulate = Annotated[
     bool,
     typer.Option(
         "--simulate", help="Estimate the time under each policy.", rich_help_panel=_SIMULATION
     ),
 ]
-PlanMachine = Annotated[
+MachineName = Annotated[
     str, typer.Option(help="cpu (this one), a100, h100 or h200.", rich_help_panel=_SIMULATION)
 ]
-PlanModelShape = Annotated[
+ModelShapeName = Annotated[
     str | None,
     typer.Option(
         help="Sizes of another model, like llama-3.1-8b. [default: --model's]",
         rich_help_panel=_SIMULATION,
     ),
 ]
-PlanKvMemory = Annotated[
+MachineKvMemory = Annotated[
     str | None,
     typer.Option(
         help="KV cache size, like 4GiB. [default: what the machine has]",
         rich_help_panel=_SIMULATION,
     ),
 ]
-PlanAsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]

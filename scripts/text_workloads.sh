@@ -20,10 +20,10 @@ fi
 if missing documents; then
     (cd "$scratch" && apt-get -qq download bible-kjv bible-kjv-text jargon-text miscfiles)
     for package in "$scratch"/*.deb; do dpkg -x "$package" "$scratch/root"; done
-    bible=$(find "$scratch/root" -type f -name bible -perm -u+x | head -1)
-    "$bible" -p "$scratch/root/usr/lib" -l9999 'Gen1:1-Rev22:21' </dev/null >"$scratch/kjv.txt"
+    found() { find "$scratch/root" -type f -name "$1" | head -1; }
+    "$(found bible)" -p "$(dirname "$(found bible.data)")" -l9999 'Gen1:1-Rev22:21' \
+        </dev/null >"$scratch/kjv.txt"
     "$python" datasets/documents.py "$out/documents.parquet" --bible "$scratch/kjv.txt" \
-        --jargon "$scratch/root/usr/share/doc/jargon-text/jargon.txt.gz" \
-        --constitution "$scratch/root/usr/share/state/us-constitution.gz"
+        --jargon "$(found jargon.txt.gz)" --constitution "$(found us-constitution.gz)"
 fi
 if missing movies; then "$python" datasets/table.py "$out/movies.parquet" --kind movies; fi

@@ -43,12 +43,10 @@ class Projection:
         """Let steps pass."""
         self._timeline.advance(num_steps)
 
-    def peak_blocks(self) -> int:
-        """Most blocks held in any one step from now on."""
-        return self._timeline.peak() + self._forever
-
     def peak_with(self, sequences: Ints, start: Ints, finish: Ints, nodes: Ints) -> int:
-        """The peak if `sequences` were admitted, together with `nodes` that they alone need.
+        """Most blocks held in any step to come if `sequences` were admitted.
+
+        `nodes` are those above them that no admitted sequence needs.
 
         Nodes count forever here, also where no other sequence below them waits.
         """

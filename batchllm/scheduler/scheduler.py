@@ -99,10 +99,6 @@ class Scheduler:
         return bool(len(self._queue) or self._num_running)
 
     @property
-    def num_running(self) -> int:
-        return self._num_running
-
-    @property
     def peak_kv_blocks(self) -> int:
         """The most blocks that were ever held at once."""
         return self.pool.peak_used

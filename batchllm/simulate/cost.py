@@ -3,10 +3,13 @@
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from batchllm.scheduler.batch import Batch
 from batchllm.simulate.machine import Machine
 from batchllm.simulate.shape import ModelShape
+
+Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,19 +43,25 @@ class StepWork:
 
 def work_of(batch: Batch) -> StepWork:
     """Count the (first) step of a batch."""
+    decode = batch.chunks.count == 1
+    own, shared = _pairs(batch)
+    return StepWork(
+        num_tokens=batch.num_tokens,
+        num_samples=len(batch.samples),
+        pairs=int(own[~decode].sum() + shared.sum()),
+        decode_reads=int(own[decode].sum()),
+        num_segments=int((~decode).sum()) + len(batch.shared),
+    )
+
+
+def _pairs(batch: Batch) -> tuple[Ints, Ints]:
+    """Pairs of query and key: of each chunk with its own segment, and of each shared read."""
     chunks, shared = batch.chunks, batch.shared
     ends = np.concatenate([[0], np.cumsum(chunks.count)])
     queries = ends[shared.chunk_end] - ends[shared.chunk_begin]
-    decode = chunks.count == 1
     # A chunk's own tokens see half of each other, and all of what was there before.
     own = chunks.count * chunks.offset + chunks.count * (chunks.count + 1) // 2
-    return StepWork(
-        num_tokens=int(ends[-1]),
-        num_samples=len(batch.samples),
-        pairs=int(own[~decode].sum() + (queries * shared.length).sum()),
-        decode_reads=int(own[decode].sum()),
-        num_segments=int((~decode).sum()) + len(shared),
-    )
+    return own, queries * shared.length
 
 
 class CostModel:
@@ -94,14 +103,12 @@ class CostModel:
         """Over all the batch's steps; in each next one every decode has a token more to read."""
         machine, shape, steps = self._machine, self._shape, batch.num_steps
         chunks, shared = batch.chunks, batch.shared
-        ends = np.concatenate([[0], np.cumsum(chunks.count)])
-        queries = ends[shared.chunk_end] - ends[shared.chunk_begin]
         decode = chunks.count == 1
-        own = chunks.count * chunks.offset + chunks.count * (chunks.count + 1) // 2
+        own, shared_pairs = _pairs(batch)
         grown = (steps - 1) / 2  # in the mean step; with several, every chunk is a decode
         pair_seconds = shape.attention_flops / machine.attention_rate
         read_seconds = shape.kv_bytes_per_token / (machine.kv_bandwidth or machine.bandwidth)
-        arithmetic = pair_seconds * np.concatenate([own + decode * grown, queries * shared.length])
+        arithmetic = pair_seconds * np.concatenate([own + decode * grown, shared_pairs])
         reading = read_seconds * np.concatenate(
             [chunks.offset + chunks.count + decode * grown, shared.length]
         )

@@ -2,7 +2,6 @@
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from batchllm.errors import UsageError
@@ -125,13 +124,12 @@ MACHINES: dict[str, Machine] = {
 }
 
 
-def get_machine(name: str, more: Sequence[Machine] = ()) -> Machine:
-    """Look a machine up, among the built-in ones and `more`.
+def get_machine(name: str) -> Machine:
+    """Look a built-in machine up.
 
     Raises:
         UsageError: there is none of that name.
     """
-    known = MACHINES | {machine.name: machine for machine in more}
-    if name not in known:
-        raise UsageError(f"no machine named {name!r}; there are: {', '.join(known)}")
-    return known[name]
+    if name not in MACHINES:
+        raise UsageError(f"no machine named {name!r}; there are: {', '.join(MACHINES)}")
+    return MACHINES[name]
