@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from batchllm.errors import UsageError
 from batchllm.prefix.policies.registry import AUTO, POLICIES, STREAMING
 from batchllm.progress import duration
 from batchllm.report.prompts import Prompts
@@ -109,12 +110,21 @@ class TableSimulation:
         max_num_seqs: int = 1024,
         kv_tokens: int | None = None,
     ) -> None:
-        """`kv_tokens` overrides what fits the machine's memory beside the weights."""
+        """`kv_tokens` overrides what fits the machine's memory beside the weights.
+
+        Raises:
+            UsageError: the weights, or one block beside them, do not fit.
+        """
         room = machine.kv_tokens(shape) if kv_tokens is None else kv_tokens
+        if room < block_size:
+            raise UsageError(
+                f"KV memory for {room:,} tokens does not hold one block of {block_size}; "
+                "give more with --kv-memory"
+            )
         self._machine, self._shape = machine, shape
         self.costs = CostModel(machine, shape)
         self.limits = SchedulerLimits(
-            num_blocks=max(room // block_size, 1),
+            num_blocks=room // block_size,
             block_size=block_size,
             max_model_len=max_model_len,
             max_num_batched_tokens=machine.max_num_batched_tokens,

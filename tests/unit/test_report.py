@@ -1,10 +1,12 @@
 """Reports: counts that add up, and pages that can be read."""
 
 import numpy as np
+import pytest
 from builders import tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
+from batchllm.errors import UsageError
 from batchllm.prefix.policies.registry import policy_names
 from batchllm.report.bars import bar, by_powers
 from batchllm.report.lru import LRUReplay
@@ -64,6 +66,11 @@ def test_charts_have_a_line_a_power_of_two():
     assert "4 to 7" in lines[2] and "0.0%" in lines[2]
     assert bar(1.0, 4) == "████" and bar(0.5, 4) == "██  " and bar(0.125, 1) == "▏"
     assert by_powers("title", "rows", {}) == []
+
+
+def test_memory_for_less_than_a_block_is_refused():
+    with pytest.raises(UsageError, match="does not hold one block"):
+        TableSimulation(get_machine("h100"), get_shape("llama-3.1-8b"), kv_tokens=15)
 
 
 def test_simulation_has_every_policy_and_its_share_of_the_bound():
