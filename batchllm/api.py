@@ -30,7 +30,7 @@ from batchllm.simulate.choose import choose_policy
 from batchllm.simulate.cost import CostModel
 from batchllm.simulate.saved import this_machine
 from batchllm.simulate.shape import shape_of
-from batchllm.text.prompts import PromptBuilder, PromptSpec
+from batchllm.text.prompts import PromptBatch, PromptBuilder, PromptSpec
 
 Prompt = str | Sequence[int]
 _NO_TOKENS = np.zeros(0, dtype=np.int32)
@@ -139,10 +139,9 @@ class LLM:
         """Answer conversations, each a list of messages with `role` and `content`."""
         kind = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
         table = pa.table({"messages": pa.array(list(conversations), kind)})
-        requests, errors = self.requests(
-            table, PromptSpec(messages_column="messages"), sampling_params or SamplingParams()
-        )
-        return self.answer(requests, errors)
+        batch = self._build(table, PromptSpec(messages_column="messages"))
+        params = sampling_params or SamplingParams()
+        return self.answer(*batch.requests(params, np.arange(table.num_rows)))
 
     def generate_table(
         self,
@@ -160,40 +159,20 @@ class LLM:
         """
         spec.check(table.schema)
         columns = AnswerColumns.choose(table.schema, output_column)
-        requests, errors = self.requests(
-            table, spec, sampling_params or SamplingParams(), first_row=first_row
+        rows = first_row + np.arange(table.num_rows)
+        requests, errors = self._build(table, spec).requests(
+            sampling_params or SamplingParams(), rows
         )
         return columns.append(table, self.answer(requests, errors, progress=progress))
 
-    def requests(
-        self,
-        table: pa.Table,
-        spec: PromptSpec,
-        sampling_params: SamplingParams,
-        *,
-        first_row: int = 0,
-    ) -> tuple[list[Request], dict[int, RowError]]:
-        """Make a table's requests: those that can run, and by row index the errors of the rest."""
-        started = time.perf_counter()
-        builder = PromptBuilder(
-            spec,
-            self.tokenizer,
-            self.max_model_len,
-            vocab_size=self.checkpoint.config.vocab_size,
-        )
-        batch = builder.build(table)
-        by_length: dict[int, SamplingParams] = {0: sampling_params}
-        requests = []
-        for row in range(table.num_rows):
-            if row in batch.errors:
-                continue
-            limit = 0 if batch.max_tokens is None else int(batch.max_tokens[row])
-            if limit not in by_length:
-                by_length[limit] = replace(sampling_params, max_tokens=limit)
-            requests.append(Request(first_row + row, batch.tokens[row], by_length[limit]))
-        errors = {first_row + row: error for row, error in batch.errors.items()}
-        self.metrics.prompt_seconds += time.perf_counter() - started
-        return requests, errors
+    def prompt_builder(self, spec: PromptSpec) -> PromptBuilder:
+        """What makes this model's prompts of tables.
+
+        Raises:
+            UsageError: the spec wants a chat template and the model has none.
+        """
+        vocab_size = self.checkpoint.config.vocab_size
+        return PromptBuilder(spec, self.tokenizer, self.max_model_len, vocab_size=vocab_size)
 
     def answer(
         self,
@@ -220,6 +199,12 @@ class LLM:
         self.metrics.engine_seconds += time.perf_counter() - planned
         self.metrics.windows += 1
         return sorted(outputs, key=lambda o: o.row_index)
+
+    def _build(self, table: pa.Table, spec: PromptSpec) -> PromptBatch:
+        started = time.perf_counter()
+        batch = self.prompt_builder(spec).build(table)
+        self.metrics.prompt_seconds += time.perf_counter() - started
+        return batch
 
     def _plan(self, requests: Sequence[Request]) -> PrefixPlan:
         policy, sharing = self.config.policy, self.config.sharing
@@ -350,12 +335,9 @@ class LLM:
             if not rows:
                 continue
             table = pa.table({"prompt": pa.array([prompts[i] for i in rows], kind)})
-            made, failed = self.requests(table, spec, SamplingParams())
-            requests += [
-                Request(rows[r.row_index], r.prompt_token_ids, each[rows[r.row_index]])
-                for r in made
-            ]
-            errors |= {rows[index]: error for index, error in failed.items()}
+            made, failed = self._build(table, spec).requests(SamplingParams(), np.array(rows))
+            requests += [replace(r, sampling_params=each[r.row_index]) for r in made]
+            errors |= failed
         return self.answer(sorted(requests, key=lambda r: r.row_index), errors)
 
 

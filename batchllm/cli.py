@@ -186,69 +186,33 @@ def plan(
     had --max-tokens tokens (or what --max-tokens-column says).
     """
     with _errors_as_exit_codes("interrupted"):
-        from batchllm.cache.memory import default_kv_memory, free_memory
         from batchllm.config import parse_size
-        from batchllm.io.parquet import ParquetInput
-        from batchllm.io.ranges import pending
-        from batchllm.models.checkpoint import open_checkpoint
-        from batchllm.models.locate import resolve
-        from batchllm.report.plan import report_plan
-        from batchllm.report.simulation import TableSimulation
-        from batchllm.simulate.machine import get_machine
-        from batchllm.simulate.saved import this_machine
-        from batchllm.simulate.shape import get_shape, shape_of
-        from batchllm.text.prompts import PromptBuilder, PromptSpec
-        from batchllm.text.template import RowTemplate
+        from batchllm.preview import PreviewConfig, preview
+        from batchllm.text.prompts import PromptSpec
 
-        spec = PromptSpec(
-            prompt_column=prompt_column,
-            messages_column=messages_column,
-            token_ids_column=token_ids_column,
-            template=_template(template),
-            system=system,
-            chat=chat,
-            max_tokens_column=max_tokens_column,
+        page = preview(
+            PreviewConfig(
+                input=input,
+                prompt=PromptSpec(
+                    prompt_column=prompt_column,
+                    messages_column=messages_column,
+                    token_ids_column=token_ids_column,
+                    template=_template(template),
+                    system=system,
+                    chat=chat,
+                    max_tokens_column=max_tokens_column,
+                ),
+                model=model,
+                max_tokens=max_tokens,
+                window_rows=window_rows,
+                limit=limit,
+                simulate=simulate,
+                machine=machine,
+                model_shape=model_shape,
+                kv_memory=None if kv_memory is None else parse_size(kv_memory),
+            )
         )
-        _at_least_one(window_rows=window_rows, limit=limit, max_tokens=max_tokens)
-        source = ParquetInput(input)
-        spec.check(source.schema)
-        checkpoint = open_checkpoint(resolve(model))
-        tokenizer = checkpoint.tokenizer()
-        builder = PromptBuilder(
-            spec,
-            tokenizer,
-            checkpoint.config.max_position_embeddings,
-            vocab_size=checkpoint.config.vocab_size,
-        )
-        ranges = pending(min(source.num_rows, limit or source.num_rows), [], window_rows)
-        tables = (window.table for window in source.windows(ranges))
-        shape = shape_of(checkpoint.config, "bfloat16")
-        if model_shape is not None:
-            shape = get_shape(model_shape)
-        room = None if kv_memory is None else parse_size(kv_memory)
-        if machine == "cpu" and room is None:  # this machine: what a run would take
-            room = default_kv_memory(free_memory())
-        kv_tokens = None if room is None else int(room / shape.kv_bytes_per_token)
-        chip = this_machine() if machine == "cpu" else get_machine(machine)
-        simulation = TableSimulation(chip, shape, kv_tokens=kv_tokens)
-        report = report_plan(
-            tables,
-            builder,
-            tokenizer,
-            max_tokens=max_tokens,
-            kv_tokens=simulation.report.kv_tokens,
-            fields=RowTemplate(spec.template).columns if spec.template else (),
-            expect=simulation.expect,
-            also=simulation.add if simulate else lambda prompts: None,
-        )
-        if machine != "cpu":
-            report.machine = machine
-        simulated = simulation.report if simulate else None
-        if as_json:
-            extra = {"simulation": simulated.as_dict()} if simulated else {}
-            typer.echo(json.dumps(report.as_dict() | extra, indent=2))
-        else:
-            typer.echo(report.as_text() + (f"\n\n{simulated.as_text()}" if simulated else ""))
+        typer.echo(json.dumps(page.as_dict(), indent=2) if as_json else page.as_text())
 
 
 @app.command()
@@ -366,12 +330,6 @@ def _template(text: str | None) -> str | None:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise UsageError(f"template {text[1:]}: {reason}") from error
-
-
-def _at_least_one(**values: int | None) -> None:
-    for name, value in values.items():
-        if value is not None and value < 1:
-            raise UsageError(f"{name} is {value}; it must be at least 1")
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ from batchllm.errors import OutputError, UsageError
 from batchllm.io.answers import AnswerColumns
 from batchllm.io.output import OutputStore
 from batchllm.io.parquet import ParquetInput
-from batchllm.io.ranges import pending
 from batchllm.io.sources import check_paths
 from batchllm.metrics import Metrics
 from batchllm.models.checkpoint import Checkpoint, open_checkpoint
@@ -24,6 +24,7 @@ from batchllm.progress import Progress
 from batchllm.request import SamplingParams
 from batchllm.runner.dtype import choose_dtype
 from batchllm.text.prompts import PromptBuilder, PromptSpec
+from batchllm.windows import Windows
 
 DEFAULT_WINDOW_ROWS = 65_536
 
@@ -89,7 +90,7 @@ def run_job(config: JobConfig) -> JobResult:
     num_rows = min(source.num_rows, config.limit or source.num_rows)
     identity = job_identity(config, source, checkpoint, num_rows)
     with OutputStore.open(
-        config.output, columns.schema(source.schema), identity, num_rows=num_rows
+        config.output, source.schema, columns.schema, identity, num_rows=num_rows
     ) as store:
         complete = store.is_complete
         if not complete:
@@ -130,31 +131,23 @@ def _answer(
     num_rows: int,
     started: float,
 ) -> None:
-    done_rows = sum(rows.num_rows for rows in store.finished)
+    done_rows = int(store.finished.sum())
     progress = Progress(num_rows, done_rows=done_rows, quiet=config.quiet)
     if done_rows:
         progress.note(f"going on after {done_rows:,} rows that are done already")
-    ranges = pending(num_rows, store.finished, config.window_rows)
     load_seconds, num_kv_blocks = 0.0, 0
     policy = config.engine.policy
-    if ranges:
+    if done_rows < num_rows:
         llm = LLM(checkpoint, config.engine)
         load_seconds, num_kv_blocks = llm.load_seconds, llm.num_kv_blocks
         progress.note(_describe(config, llm, num_rows))
         try:
-            for window in source.windows(ranges):
-                llm.metrics = Metrics()
-                requests, errors = llm.requests(
-                    window.table, config.prompt, config.sampling, first_row=window.rows.start
-                )
-                outputs = llm.answer(requests, errors, progress=progress)
-                table = columns.append(window.table, outputs)
-                store.write_window(window.rows, table, llm.metrics.as_dict())
+            _answer_windows(config, source, columns, store, llm, progress)
         finally:
             progress.close()
         if llm.chosen_policies:
             policy = f"{policy} ({', '.join(sorted(llm.chosen_policies))})"
-    total = Metrics.total(store.window_counters)
+    total = Metrics.total(store.counters)
     store.finish(
         {
             "version": __version__,
@@ -166,13 +159,46 @@ def _answer(
             "sharing": config.engine.sharing,
             **total.as_dict(),
             "saved_share": round(total.saved_share, 6),
+            "window_lost_share": round(total.window_lost_share, 6),
             "num_kv_blocks": num_kv_blocks,
             "block_size": config.engine.block_size,
             "resumed_rows": done_rows,
             "load_seconds": round(load_seconds, 6),
             "wall_seconds": round(time.perf_counter() - started, 6),
-        }
+        },
+        source,
     )
+
+
+def _answer_windows(
+    config: JobConfig,
+    source: ParquetInput,
+    columns: AnswerColumns,
+    store: OutputStore,
+    llm: LLM,
+    progress: Progress,
+) -> None:
+    builder = llm.prompt_builder(config.prompt)
+    if (num_left := int((~store.finished).sum())) > config.window_rows:
+        progress.note(f"sorting {num_left:,} rows into windows by their prompts")
+    windows = Windows(
+        source,
+        builder,
+        ~store.finished,
+        window_rows=config.window_rows,
+        scratch=store.scratch,
+    )
+    with closing(windows):
+        for window in windows:
+            started = time.perf_counter()
+            batch = builder.build(window.rows.table)
+            llm.metrics = Metrics(
+                prompt_seconds=time.perf_counter() - started,
+                window_repeated_tokens=window.repeated_tokens,
+            )
+            requests, errors = batch.requests(config.sampling, window.rows.index)
+            outputs = llm.answer(requests, errors, progress=progress)
+            store.write_answers(window.rows.index, columns.table(outputs), llm.metrics.as_dict())
 
 
 def _say(text: str) -> None:

@@ -12,7 +12,8 @@ class Metrics:
     `prompt_tokens` are the rows' prompts end to end; `computed_prompt_tokens` those that went
     through the model (repeats after preemption included, `recomputed_tokens` says how many, of
     prompts and answers); `repeated_last_tokens` of them are the last tokens of prompts that other
-    prompts continue or repeat. `output_tokens` are the rows' answers end to end, and
+    prompts continue or repeat, and `window_repeated_tokens` those of prefixes that several windows
+    share. `output_tokens` are the rows' answers end to end, and
     `computed_output_tokens` those sampled (duplicates are answered once). `peak_kv_blocks` is a
     maximum, everything else a sum.
     """
@@ -23,6 +24,7 @@ class Metrics:
     prompt_tokens: int = 0
     computed_prompt_tokens: int = 0
     repeated_last_tokens: int = 0
+    window_repeated_tokens: int = 0
     recomputed_tokens: int = 0
     output_tokens: int = 0
     computed_output_tokens: int = 0
@@ -54,6 +56,12 @@ class Metrics:
         if self.prompt_tokens == 0:
             return 0.0
         return max(0.0, 1 - self.computed_prompt_tokens / self.prompt_tokens)
+
+    @property
+    def window_lost_share(self) -> float:
+        """Share that windows lose of what planning the whole table at once would save, 0 to 1."""
+        saved = max(0, self.prompt_tokens - self.computed_prompt_tokens)
+        return self.window_repeated_tokens / max(saved + self.window_repeated_tokens, 1)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers, seconds rounded to microseconds."""

@@ -50,15 +50,14 @@ class AnswerColumns:
             "choose another --output-column"
         )
 
-    def schema(self, schema: pa.Schema) -> pa.Schema:
-        """The output's schema: the input's columns and metadata, then ours."""
-        ours = [pa.field(self.answer, pa.string())]
-        ours += [pa.field(self.prefix + name, kind) for name, kind in _FACTS.items()]
-        return pa.schema([*schema, *ours], metadata=schema.metadata)
+    @property
+    def schema(self) -> pa.Schema:
+        """The columns that answers add."""
+        facts = [pa.field(self.prefix + name, kind) for name, kind in _FACTS.items()]
+        return pa.schema([pa.field(self.answer, pa.string()), *facts])
 
-    def append(self, table: pa.Table, outputs: Sequence[RequestOutput]) -> pa.Table:
-        """Add one output a row, in the rows' order."""
-        assert len(outputs) == table.num_rows, f"{len(outputs)} answers, {table.num_rows} rows"
+    def table(self, outputs: Sequence[RequestOutput]) -> pa.Table:
+        """One row for each output, in their order."""
         facts = {
             "finish_reason": [o.finish_reason for o in outputs],
             "prompt_tokens": [o.prompt_tokens for o in outputs],
@@ -68,4 +67,10 @@ class AnswerColumns:
         }
         columns = [pa.array([o.text for o in outputs], pa.string())]
         columns += [pa.array(facts[name], kind) for name, kind in _FACTS.items()]
-        return pa.table([*table.columns, *columns], schema=self.schema(table.schema))
+        return pa.table(columns, schema=self.schema)
+
+    def append(self, table: pa.Table, outputs: Sequence[RequestOutput]) -> pa.Table:
+        """Add one output a row, in the rows' order."""
+        assert len(outputs) == table.num_rows, f"{len(outputs)} answers, {table.num_rows} rows"
+        schema = pa.schema([*table.schema, *self.schema], metadata=table.schema.metadata)
+        return pa.table([*table.columns, *self.table(outputs).columns], schema=schema)

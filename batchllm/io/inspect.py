@@ -8,16 +8,15 @@ from typing import Any, Literal
 from batchllm.errors import OutputError
 from batchllm.io.durable import one_line_reason
 from batchllm.io.layout import OutputLayout
-from batchllm.io.manifest import WindowRecord, read_manifest
-from batchllm.io.ranges import gaps
+from batchllm.io.manifest import AnswersRecord, read_manifest
 
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
     """One run as its output tells it.
 
-    `summary` is None while unfinished. `windows` are the finished windows in row order; a complete
-    single file keeps only the summary of them.
+    `summary` is None while unfinished. `answers` are the files of answers that an unfinished run
+    has written.
     """
 
     path: Path
@@ -26,7 +25,7 @@ class RunRecord:
     summary: Mapping[str, Any] | None
     num_rows: int
     num_finished_rows: int
-    windows: tuple[WindowRecord, ...]
+    answers: tuple[AnswersRecord, ...]
 
 
 def read_run(path: str | Path) -> RunRecord:
@@ -53,15 +52,19 @@ def _read_run(layout: OutputLayout) -> RunRecord:
         raise OutputError(
             f"{layout.shown}: {'no such output' if missing else 'not written by batchllm'}"
         )
-    windows = layout.intact_windows(state)
-    num_missing = sum(gap.num_rows for gap in gaps(state.job.num_rows, windows))
-    complete = state.summary is not None and num_missing == 0
+    num_rows = state.job.num_rows
+    if state.finished is not None and all(layout.has(part) for part in state.finished.parts):
+        summary = state.finished.summary
+        return RunRecord(
+            layout.shown, "complete", state.job.identity, summary, num_rows, num_rows, ()
+        )
+    answers = layout.intact_answers(state.answers)
     return RunRecord(
         layout.shown,
-        "complete" if complete else "unfinished",
+        "unfinished",
         state.job.identity,
-        state.summary if complete else None,
-        state.job.num_rows,
-        state.job.num_rows - num_missing,
-        tuple(windows[rows] for rows in sorted(windows)),
+        None,
+        num_rows,
+        sum(record.num_rows for record in answers),
+        tuple(answers),
     )

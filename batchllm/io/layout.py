@@ -1,22 +1,24 @@
 """Where an output keeps what: the one place that knows names and tells ours from others'.
 
-A single file has a hidden work directory beside it, holding parts, manifest and lock until it is
-finished. A directory holds its parts itself and the rest in `_batchllm`, where readers of Parquet
-directories do not look.
+A single file has a hidden work directory beside it, holding answers, manifest and lock until it is
+finished. A directory has its work directory inside, `_batchllm`, where readers of Parquet
+directories do not look, and its parts appear when all answers are there.
 """
 
 import os
+import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from batchllm.errors import InputError, OutputError
-from batchllm.io.manifest import FORMAT_VERSION, Job, ManifestState, WindowRecord, wrong_version
-from batchllm.io.parts import is_part_name, part_name, read_record
-from batchllm.io.ranges import RowRange
+from batchllm.io.manifest import FORMAT_VERSION, AnswersRecord, FileRecord, Job, wrong_version
+from batchllm.io.parts import is_part_name, read_record
 
 FILE_SUFFIXES = (".parquet", ".pq")
+_ANSWERS_NAME = re.compile(r"answers-\d{6,}\.parquet")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,15 +46,13 @@ class OutputLayout:
     Attributes:
         shown: the path as the user gave it, for messages.
         target: where it really is, links followed.
-        work: the directory of manifest, lock, temporary files.
-        parts: the directory of the parts.
+        work: the directory of manifest, lock, answers, temporary files.
         single_file: whether the output is one file.
     """
 
     shown: Path
     target: Path
     work: Path
-    parts: Path
     single_file: bool
 
     @classmethod
@@ -62,8 +62,8 @@ class OutputLayout:
         target = Path(os.path.realpath(shown))
         if shown.name.endswith(FILE_SUFFIXES):
             work = target.with_name(f".{target.name}.batchllm")
-            return cls(shown, target, work, work, True)
-        return cls(shown, target, target / "_batchllm", target, False)
+            return cls(shown, target, work, True)
+        return cls(shown, target, target / "_batchllm", False)
 
     @property
     def manifest(self) -> Path:
@@ -127,28 +127,38 @@ class OutputLayout:
                 " choose another output path"
             )
 
-    def intact_windows(self, state: ManifestState) -> dict[RowRange, WindowRecord]:
-        """The recorded windows whose part is there in full; the rest has to be done again."""
-        return {
-            rows: record
-            for rows, record in state.windows.items()
-            if record.file == part_name(rows)
-            and _size(self.parts / record.file) == record.num_bytes
-        }
+    def intact_answers(self, records: list[AnswersRecord]) -> list[AnswersRecord]:
+        """Those whose file is there in full; the rest has to be done again."""
+        return [r for r in records if _ANSWERS_NAME.fullmatch(r.file.name) and self.has(r.file)]
+
+    def has(self, file: FileRecord) -> bool:
+        """Whether a part or a file of answers is there in full."""
+        folder = self.target if is_part_name(file.name) else self.work
+        return _size(folder / file.name) == file.num_bytes
+
+    def answers_path(self, number: int) -> Path:
+        """Where a new file of answers goes."""
+        return self.work / f"answers-{number:06d}.parquet"
 
     def clean(self, keep: set[str]) -> None:
-        """Remove what a crash left: temporary files, and parts that are not in `keep`."""
+        """Remove what a crash left: temporary files, and answers and parts not in `keep`."""
         for path in self.work.iterdir():
-            if path.name.endswith(".tmp"):
+            if path.name.endswith(".tmp") and path.is_dir():
+                shutil.rmtree(path)
+            elif path.name.endswith(".tmp") or _is_answers(path.name, keep):
                 path.unlink()
-        for path in self.parts.iterdir():
+        for path in [] if self.single_file else list(self.target.iterdir()):
             if is_part_name(path.name) and path.name not in keep:
                 path.unlink()
         self.summary.unlink(missing_ok=True)
 
     def _is_ours(self, name: str) -> bool:
         own = {self.lock.name, self.manifest.name, self.summary.name}
-        return name in own or name.endswith(".tmp") or is_part_name(name)
+        return name in own or name.endswith(".tmp") or _is_answers(name, set())
+
+
+def _is_answers(name: str, but: set[str]) -> bool:
+    return _ANSWERS_NAME.fullmatch(name) is not None and name not in but
 
 
 def _size(path: Path) -> int | None:

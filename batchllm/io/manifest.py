@@ -1,14 +1,14 @@
-"""The manifest: which job an output belongs to, and which windows of it are safely on disk.
+"""The manifest: which job an output belongs to, and which answers of it are safely on disk.
 
 One JSON line per event, appended and fsynced, each with a checksum over its exact bytes. The first
 line names the job. A line that a crash cut short can only be the last one; it is dropped, and the
-window it stood for is computed again. Damage anywhere else means that the file cannot be trusted.
+rows it stood for are computed again. Damage anywhere else means that the file cannot be trusted.
 """
 
 import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +17,8 @@ from typing import Any
 from batchllm.errors import OutputError
 from batchllm.io.durable import atomic_write
 from batchllm.io.identity import describe_differences
-from batchllm.io.ranges import RowRange
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _PREFIX = b'{"crc32":"%08x","data":'
 _PREFIX_LENGTH = len(_PREFIX % 0)
 
@@ -46,27 +45,42 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
-class WindowRecord:
-    """A window on disk: its rows, its file's name and size, failed rows, the caller's counters."""
+class FileRecord:
+    """A file on disk: its name and size."""
 
-    rows: RowRange
-    file: str
+    name: str
     num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class AnswersRecord:
+    """Answers on disk: their file, how many rows they are of, how many failed, counters."""
+
+    file: FileRecord
+    num_rows: int
     failed: int
     counters: Mapping[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class FinishedRecord:
+    """A finished job: its summary and the files that are its output."""
+
+    summary: Mapping[str, Any]
+    parts: Sequence[FileRecord]
+
+
 @dataclass(slots=True)
 class ManifestState:
-    """What a manifest says. `summary` is set once the job is finished.
+    """What a manifest says. `finished` is None until the job is.
 
-    `windows` has one record for each range, the last one written; `num_valid_bytes` is where a
-    torn last line starts.
+    `answers` are in the order in which they were written; `num_valid_bytes` is where a torn last
+    line starts.
     """
 
     job: Job
-    windows: dict[RowRange, WindowRecord] = field(default_factory=dict)
-    summary: Mapping[str, Any] | None = None
+    answers: list[AnswersRecord] = field(default_factory=list)
+    finished: FinishedRecord | None = None
     num_valid_bytes: int = 0
 
 
@@ -129,22 +143,21 @@ class Manifest:
             file.write(line)
         return cls(path, len(line))
 
-    def append_window(self, record: WindowRecord) -> None:
+    def append_answers(self, record: AnswersRecord) -> None:
         self._append(
             {
-                "type": "window",
-                "start": record.rows.start,
-                "end": record.rows.end,
-                "file": record.file,
-                "bytes": record.num_bytes,
-                "rows": record.rows.num_rows,
+                "type": "answers",
+                "file": record.file.name,
+                "bytes": record.file.num_bytes,
+                "rows": record.num_rows,
                 "failed": record.failed,
                 "counters": record.counters,
             }
         )
 
-    def append_finished(self, summary: Mapping[str, Any]) -> None:
-        self._append({"type": "finished", "summary": summary})
+    def append_finished(self, record: FinishedRecord) -> None:
+        parts = [{"file": part.name, "bytes": part.num_bytes} for part in record.parts]
+        self._append({"type": "finished", "summary": record.summary, "parts": parts})
 
     def close(self) -> None:
         if self._handle >= 0:
@@ -186,14 +199,12 @@ def _apply(path: Path, state: ManifestState | None, data: Any) -> ManifestState:
         if data["version"] != FORMAT_VERSION:
             raise wrong_version(path, data["version"])
         return ManifestState(Job(data["identity"], data["num_rows"], data["columns"]))
-    if data["type"] == "window":
-        rows = RowRange(data["start"], data["end"])
-        state.windows[rows] = WindowRecord(
-            rows, data["file"], data["bytes"], data["failed"], data["counters"]
-        )
-        state.summary = None
+    if data["type"] == "answers":
+        file = FileRecord(data["file"], data["bytes"])
+        state.answers.append(AnswersRecord(file, data["rows"], data["failed"], data["counters"]))
     elif data["type"] == "finished":
-        state.summary = data["summary"]
+        parts = [FileRecord(part["file"], part["bytes"]) for part in data["parts"]]
+        state.finished = FinishedRecord(data["summary"], parts)
     else:
         raise ValueError(f"unknown line type {data['type']!r}")
     return state

@@ -1,9 +1,9 @@
-"""The output of a job: windows written in any order, resumable after a crash at any point.
+"""The output of a job: answers written in any order, resumable after a crash at any point.
 
-A window is on disk in this order: its part under a temporary name, fsync, rename, fsync of the
-directory, and only then its manifest line. So a part without a line may be anything and is thrown
-away, and a line without its part cannot come about by a crash. A single file is joined from its
-parts at the end, which needs disk space for both, and its memory is bounded by a row group.
+Answers of some rows are on disk in this order: their file under a temporary name, fsync, rename,
+fsync of the directory, and only then its manifest line. So a file without a line may be anything
+and is thrown away, and a line without its file cannot come about by a crash. When every row has an
+answer, input and answers are joined in row order; the memory of that is bounded by a row group.
 """
 
 import json
@@ -11,42 +11,67 @@ import os
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
-from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from batchllm.errors import InputError, OutputError
 from batchllm.io.durable import OutputLock, atomic_write, fsync_dir, one_line_reason
 from batchllm.io.identity import plain
+from batchllm.io.join import ROW_COLUMN, RowSource, RowStream, join, read_answers
 from batchllm.io.layout import FinishedFile, OutputLayout
-from batchllm.io.manifest import FORMAT_VERSION, Job, Manifest, WindowRecord, read_manifest
-from batchllm.io.parts import part_name, read_parts, without_record, write_parquet
-from batchllm.io.ranges import RowRange, gaps
+from batchllm.io.manifest import (
+    FORMAT_VERSION,
+    AnswersRecord,
+    FileRecord,
+    FinishedRecord,
+    Job,
+    Manifest,
+    read_manifest,
+)
+from batchllm.io.parts import part_name, without_record, write_parquet
+from batchllm.io.rows import RowRange
+
+_PART_ROWS = 1_000_000  # of a directory's parts
 
 
 class OutputStore:
     """One job's output, new, resumed or already complete. Use `open`; not for two threads at once.
 
     Attributes:
-        schema: the declared schema, of every part and of the whole.
+        schema: the output's: the input's columns, then the answers'.
+        answer_schema: the answers' columns.
         summary: the summary of a complete output, else None.
+        finished: which rows have their answer on disk, bool [num_rows].
     """
 
-    def __init__(self, layout: OutputLayout, schema: pa.Schema, job: Job) -> None:
+    def __init__(
+        self, layout: OutputLayout, schema: pa.Schema, answer_schema: pa.Schema, job: Job
+    ) -> None:
         self.schema = schema
+        self.answer_schema = answer_schema
         self.summary: dict[str, Any] | None = None
+        self.finished: NDArray[np.bool_] = np.zeros(job.num_rows, dtype=np.bool_)
         self._layout = layout
         self._job = job
-        self._windows: dict[RowRange, WindowRecord] = {}
+        self._answers: list[AnswersRecord] = []
+        self._next_number = 0
         self._lock: OutputLock | None = None
         self._manifest: Manifest | None = None
 
     @classmethod
     def open(
-        cls, path: str | Path, schema: pa.Schema, identity: Mapping[str, Any], *, num_rows: int
+        cls,
+        path: str | Path,
+        schema: pa.Schema,
+        answer_schema: pa.Schema,
+        identity: Mapping[str, Any],
+        *,
+        num_rows: int,
     ) -> "OutputStore":
         """Start the output of a job of `num_rows` rows at `path`, or take it up where it stopped.
 
@@ -54,13 +79,21 @@ class OutputStore:
         are made. `identity` is nested plain data, everything that must be the same for the answers
         to belong together. A complete output is not locked and not written to.
 
+        Args:
+            path: where.
+            schema: the input's columns.
+            answer_schema: the columns that answers add.
+            identity: what the job is.
+            num_rows: rows of the job.
+
         Raises:
             OutputError: the output belongs to a different job, to another program or to a process
                 that is writing it right now; or the place cannot be written.
         """
         layout = OutputLayout.of(path)
+        schema = without_record(pa.schema([*schema, *answer_schema], metadata=schema.metadata))
         columns = {column.name: str(column.type) for column in schema}
-        store = cls(layout, without_record(schema), Job(plain(identity), num_rows, columns))
+        store = cls(layout, schema, answer_schema, Job(plain(identity), num_rows, columns))
         try:
             if store._load_complete():
                 store._tidy_after_crash()
@@ -75,62 +108,74 @@ class OutputStore:
         return self.summary is not None
 
     @property
-    def finished(self) -> list[RowRange]:
-        """The ranges on disk, ascending."""
-        if self.is_complete and self._layout.single_file:
-            return [RowRange(0, self._job.num_rows)] if self._job.num_rows else []
-        return sorted(self._windows)
+    def scratch(self) -> Path:
+        """A directory for what memory cannot hold; whoever makes it deletes it."""
+        return self._temporary("spool")
 
     @property
-    def window_counters(self) -> list[dict[str, Any]]:
-        """The counters of each finished window, in row order; a complete file has none left."""
-        return [dict(self._windows[rows].counters) for rows in sorted(self._windows)]
+    def counters(self) -> list[dict[str, Any]]:
+        """The counters that came with the answers, in the order of writing."""
+        return [dict(record.counters) for record in self._answers]
 
-    def write_window(self, rows: RowRange, table: pa.Table, counters: Mapping[str, Any]) -> None:
-        """Put one window on disk and then on record. `counters["failed"]` is its failed rows.
+    def write_answers(
+        self, rows: NDArray[np.int64], table: pa.Table, counters: Mapping[str, Any]
+    ) -> None:
+        """Put the answers of some rows on disk and then on record.
+
+        Args:
+            rows: the rows' numbers, ascending, [num_rows of the table].
+            table: their answers.
+            counters: plain data to keep with them; `failed` is how many failed.
 
         Raises:
             OutputError: it cannot be written; the output is as it was before.
             ValueError: the table is not what was declared for these rows, or they are done already.
         """
-        manifest = self._check_window(rows, table)
+        manifest = self._check_answers(rows, table)
         counters = plain(counters)
-        name = part_name(rows)
-        part = self._layout.parts / name
-        record = {
-            "version": FORMAT_VERSION,
-            "identity": self._job.identity,
-            "rows": [rows.start, rows.end],
-            "counters": counters,
-        }
+        path = self._layout.answers_path(self._next_number)
+        record = {"version": FORMAT_VERSION, "identity": self._job.identity}
+        schema = pa.schema([pa.field(ROW_COLUMN, pa.int64()), *self.answer_schema])
+        whole = pa.Table.from_arrays([pa.chunked_array([rows]), *table.columns], schema=schema)
         try:
-            write_parquet(part, self._temporary(name), self.schema, [table], record)
-            failed = int(counters.get("failed", 0))
-            window = WindowRecord(rows, name, part.stat().st_size, failed, counters)
-            manifest.append_window(window)
+            write_parquet(path, self._temporary(path.name), schema, [whole], record)
+            file = FileRecord(path.name, path.stat().st_size)
+            answers = AnswersRecord(file, len(rows), int(counters.get("failed", 0)), counters)
+            manifest.append_answers(answers)
         except (OSError, pa.ArrowException) as error:
             raise self._cannot_write(error) from error
-        self._windows[rows] = window
+        self._answers.append(answers)
+        self._next_number += 1
+        self.finished[rows] = True
 
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        """Make the output complete: join the parts of a single file, record the summary.
+    def finish(self, summary: Mapping[str, Any], source: RowSource) -> None:
+        """Make the output complete: join `source`'s rows with their answers, record the summary.
 
         Raises:
-            OutputError: it cannot be written, or a part is damaged; the parts are kept.
-            ValueError: rows are missing, or the output is complete already.
+            InputError: the input cannot be read again.
+            OutputError: it cannot be written, or answers are damaged; the answers are kept.
+            ValueError: rows have no answer, or the output is complete already.
         """
         if self._manifest is None or self._lock is None:
             raise ValueError("finish on an output that is complete or closed")
-        if missing := gaps(self._job.num_rows, self._windows):
-            raise ValueError(f"finish with {len(missing)} gaps, the first {missing[0]}")
+        if missing := int((~self.finished).sum()):
+            first = int(np.argmin(self.finished))
+            raise ValueError(f"finish with {missing} rows unanswered, the first {first}")
         summary = plain(summary)
+        scratch = self._temporary("join")
+        paths = [self._layout.work / record.file.name for record in self._answers]
+        tables = join(source, paths, self.answer_schema, self.schema, self._job.num_rows, scratch)
         try:
             if self._layout.single_file:
-                self._join(summary)
+                self._write_file(RowStream(tables), summary)
             else:
-                self._seal(self._manifest, summary)
+                self._write_parts(RowStream(tables), self._manifest, summary)
         except (OSError, pa.ArrowException) as error:
             raise self._cannot_write(error) from error
+        except InputError as error:
+            if str(error).startswith(str(self._layout.work)):
+                raise OutputError(f"{error}; delete that file and run again to redo it") from error
+            raise
         self.summary = summary
         self._tidy(self._lock)
         self.close()
@@ -138,13 +183,13 @@ class OutputStore:
     def close(self) -> None:
         """Give up the lock. What is on disk stays and can be resumed; nothing done leaves nothing.
 
-        A job that failed before its first window (a wrong option, say) would otherwise stand in the
-        way of the corrected one.
+        A job that failed before its first answers (a wrong option, say) would otherwise stand in
+        the way of the corrected one.
         """
         if self._manifest is not None:
             self._manifest.close()
         if self._lock is not None:
-            if self._windows or self.is_complete:
+            if self._answers or self.is_complete:
                 self._lock.release()
             else:
                 self._forget(self._lock)
@@ -168,17 +213,22 @@ class OutputStore:
             if (done := layout.read_finished_file()) is None:
                 return False
             self._refuse_other_job(done.job)
-            self.summary = dict(done.summary)
-            return True
+            return self._complete(done.summary)
         layout.refuse_foreign()
-        if (state := read_manifest(layout.manifest)) is None:
+        if (state := read_manifest(layout.manifest)) is None or state.finished is None:
             return False
-        self._windows = layout.intact_windows(state)
-        if self._windows or state.summary is not None:
-            self._refuse_other_job(state.job)
-        if state.summary is None or gaps(self._job.num_rows, self._windows):
-            return False
-        self.summary = dict(state.summary)
+        self._refuse_other_job(state.job)
+        for part in state.finished.parts:
+            if not layout.has(part):
+                raise OutputError(
+                    f"{layout.target / part.name}: is missing or not as it was written; "
+                    f"put it back, or delete {layout.to_delete} to start over"
+                )
+        return self._complete(state.finished.summary)
+
+    def _complete(self, summary: Mapping[str, Any]) -> bool:
+        self.summary = dict(summary)
+        self.finished[:] = True
         return True
 
     def _start_or_resume(self) -> None:
@@ -191,7 +241,7 @@ class OutputStore:
                 self._tidy(self._lock)
                 return
             self._manifest = self._open_manifest()
-            layout.clean(keep={record.file for record in self._windows.values()})
+            layout.clean(keep={record.file.name for record in self._answers})
         except Exception:
             if self._lock is not None:
                 self._lock.release(delete=bool(made))
@@ -204,19 +254,34 @@ class OutputStore:
     def _open_manifest(self) -> Manifest:
         layout = self._layout
         state = read_manifest(layout.manifest)
-        self._windows = {} if state is None else layout.intact_windows(state)
-        if state is None or (not self._windows and self._job.differences_from(state.job)):
+        if state is not None:
+            self._answers = layout.intact_answers(state.answers)
+        if state is None or (not self._answers and self._job.differences_from(state.job)):
             # None, or another job's that died before it had done anything.
             manifest = Manifest.create(layout.manifest, self._job)
             for folder in {layout.work.parent, layout.target.parent}:
                 fsync_dir(folder)
             return manifest
         self._refuse_other_job(state.job)
-        if any(one.end > after.start for one, after in pairwise(sorted(self._windows))):
-            raise OutputError(
-                f"{layout.manifest}: has rows twice; delete {layout.to_delete} to start over"
-            )
+        self._next_number = len(state.answers)
+        self._mark_finished()
         return Manifest(layout.manifest, state.num_valid_bytes)
+
+    def _mark_finished(self) -> None:
+        """Mark the rows that an earlier run has answered."""
+        for record in self._answers:
+            path = self._layout.work / record.file.name
+            try:
+                pieces = list(read_answers(path, pa.schema([])))
+            except InputError as error:
+                raise OutputError(f"{error}; delete that file and run again to redo it") from error
+            rows = np.concatenate([piece.index for piece in pieces])
+            if rows.max(initial=0) >= len(self.finished) or self.finished[rows].any():
+                raise OutputError(
+                    f"{self._layout.shown}: {path.name} has rows twice, or not the input's; "
+                    f"delete {self._layout.to_delete} to start over"
+                )
+            self.finished[rows] = True
 
     def _refuse_other_job(self, other: Job) -> None:
         if found := self._job.differences_from(other):
@@ -225,40 +290,43 @@ class OutputStore:
                 f" path, or delete {self._layout.to_delete} to start over"
             )
 
-    def _check_window(self, rows: RowRange, table: pa.Table) -> Manifest:
+    def _check_answers(self, rows: NDArray[np.int64], table: pa.Table) -> Manifest:
         if self._manifest is None:
-            raise ValueError(f"{rows} written to an output that is complete or closed")
-        if not table.schema.equals(self.schema):
-            raise ValueError(f"{rows} have columns {table.schema}; declared are {self.schema}")
-        if table.num_rows != rows.num_rows or rows.num_rows == 0:
-            raise ValueError(f"{rows} are {rows.num_rows} rows, the table has {table.num_rows}")
-        if rows.end > self._job.num_rows:
-            raise ValueError(f"{rows} written, but there are only {self._job.num_rows} rows")
-        if any(done.start < rows.end and rows.start < done.end for done in self._windows):
-            raise ValueError(f"{rows} written twice")
+            raise ValueError("answers written to an output that is complete or closed")
+        if not table.schema.equals(self.answer_schema):
+            raise ValueError(f"answers are {table.schema}; declared are {self.answer_schema}")
+        if table.num_rows != len(rows) or len(rows) == 0:
+            raise ValueError(f"answers of {len(rows)} rows, the table has {table.num_rows}")
+        if (np.diff(rows) <= 0).any():
+            raise ValueError("the rows of answers are not ascending")
+        if rows[0] < 0 or rows[-1] >= self._job.num_rows:
+            raise ValueError(f"answer to row {rows[-1]}, but there are {self._job.num_rows} rows")
+        if self.finished[rows].any():
+            raise ValueError(f"row {rows[self.finished[rows]][0]} answered twice")
         return self._manifest
 
-    def _join(self, summary: Mapping[str, Any]) -> None:
-        """Write the single file from its parts."""
+    def _write_file(self, stream: RowStream, summary: Mapping[str, Any]) -> None:
         if os.path.lexists(self._layout.target):
             raise OutputError(f"{self._layout.shown}: appeared while the job ran; move it away")
-        paths = [self._layout.parts / self._windows[rows].file for rows in sorted(self._windows)]
         record = FinishedFile(self._job, summary).record()
+        tables = stream.take(self._job.num_rows)
         temporary = self._temporary("output")
-        try:
-            tables = read_parts(paths, self.schema)
-            write_parquet(self._layout.target, temporary, self.schema, tables, record)
-        except InputError as error:
-            raise OutputError(f"{error}; delete that part and run again to redo it") from error
+        write_parquet(self._layout.target, temporary, self.schema, tables, record)
 
-    def _seal(self, manifest: Manifest, summary: Mapping[str, Any]) -> None:
-        """Mark the directory as complete."""
-        if self._job.num_rows == 0:  # a reader still needs one file to learn the columns from
-            name = part_name(RowRange(0, 0))
+    def _write_parts(
+        self, stream: RowStream, manifest: Manifest, summary: Mapping[str, Any]
+    ) -> None:
+        """Write the directory's parts, then mark it as complete."""
+        parts = []
+        # With no rows, a reader still needs one file to learn the columns from.
+        for start in range(0, max(self._job.num_rows, 1), _PART_ROWS):
+            rows = RowRange(start, min(start + _PART_ROWS, self._job.num_rows))
+            path = self._layout.target / part_name(rows)
             record = {"version": FORMAT_VERSION, "identity": self._job.identity}
-            part = self._layout.parts / name
-            write_parquet(part, self._temporary(name), self.schema, [], record)
-        manifest.append_finished(summary)
+            tables = stream.take(rows.num_rows)
+            write_parquet(path, self._temporary(path.name), self.schema, tables, record)
+            parts.append(FileRecord(path.name, path.stat().st_size))
+        manifest.append_finished(FinishedRecord(summary, parts))
 
     def _tidy(self, lock: OutputLock) -> None:
         """Leave a complete output as it should look. Nothing depends on it, so failing is fine."""
@@ -267,6 +335,7 @@ class OutputStore:
             if layout.single_file:
                 shutil.rmtree(layout.work, ignore_errors=True)
             else:
+                layout.clean(keep={path.name for path in layout.target.iterdir()})
                 with atomic_write(layout.summary, self._temporary("summary")) as file:
                     file.write(json.dumps(self.summary, indent=2).encode() + b"\n")
         lock.release(delete=not layout.single_file)
@@ -288,7 +357,7 @@ class OutputStore:
             layout.clean(keep=set())
             layout.manifest.unlink(missing_ok=True)
         lock.release(delete=True)
-        for folder in (layout.parts, layout.work, *([] if layout.single_file else [layout.target])):
+        for folder in (layout.work, *([] if layout.single_file else [layout.target])):
             with suppress(OSError):
                 folder.rmdir()
 

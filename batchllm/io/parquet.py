@@ -1,34 +1,27 @@
-"""Parquet in: windows of consecutive rows, read forward once, with memory bounded by the window.
+"""Parquet in: rows read forward once, in batches, with memory bounded by a batch.
 
-One row group is open at a time and gives small batches; what a batch holds beyond a window stays
-for the next one. So a row group of any size is decoded once, and never held whole. Arrow's own
-data set scanner reads ahead by row groups and holds them, which is why it is not used.
+One row group is open at a time and gives small batches. So a row group of any size is decoded
+once, and never held whole. Arrow's own data set scanner reads ahead by row groups and holds them,
+which is why it is not used.
 """
 
 import hashlib
-from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from batchllm.errors import InputError
 from batchllm.io.durable import one_line_reason
-from batchllm.io.ranges import RowRange
 from batchllm.io.row_groups import READ_ERRORS, ParquetReader, damaged
+from batchllm.io.rows import RowRange, Rows
 from batchllm.io.schema import SchemaUnifier, conform
 from batchllm.io.sources import SourceFile, find_files
-
-
-@dataclass(frozen=True, slots=True)
-class Window:
-    """The rows planned together: their place in the data set and their columns."""
-
-    rows: RowRange
-    table: pa.Table
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,20 +68,25 @@ class ParquetInput:
         self.files: tuple[Path, ...] = tuple(source.path for source in sources)
         self.schema: pa.Schema = unifier.schema()
 
-    def windows(self, ranges: Iterable[RowRange]) -> Iterator[Window]:
-        """Yield the rows of each range, reading forward; row groups between ranges are not read.
+    def read(
+        self, wanted: NDArray[np.bool_] | None = None, columns: Sequence[str] | None = None
+    ) -> Iterator[Rows]:
+        """Yield rows in their order, a batch at a time; row groups with none wanted are skipped.
+
+        Args:
+            wanted: which rows, [n] for the first n rows of the input; None for all.
+            columns: which columns, in this order; None for all.
 
         Raises:
             InputError: a file cannot be read, or changed since it was opened.
-            ValueError: the ranges are not ascending, overlap, or end beyond the last row.
         """
-        last_end = 0
-        with closing(_ForwardReader(self._parts, self.schema)) as reader:
-            for rows in ranges:
-                if rows.start < last_end or rows.end > self.num_rows:
-                    raise ValueError(f"{rows} out of order, or beyond all {self.num_rows} rows")
-                last_end = rows.end
-                yield Window(rows, reader.read(rows))
+        schema = self.schema
+        if columns is not None:
+            schema = pa.schema([schema.field(name) for name in columns], metadata=schema.metadata)
+        for part in self._parts:
+            if _any(wanted, part.bounds[0], part.bounds[-1]):
+                with closing(ParquetReader(part.source.path)) as reader:
+                    yield from _read_part(part, reader, wanted, schema)
 
     def content_hash(self) -> str:
         """Sha256 (hex) over each file's name below INPUT and its bytes, streamed.
@@ -109,60 +107,36 @@ class ParquetInput:
         return whole.hexdigest()
 
 
-class _ForwardReader:
-    """Holds the one open file, its one open row group, and the batch read last.
+def _read_part(
+    part: _Part, reader: ParquetReader, wanted: NDArray[np.bool_] | None, schema: pa.Schema
+) -> Iterator[Rows]:
+    if reader.footer.group_rows != tuple(b - a for a, b in pairwise(part.bounds)):
+        raise InputError(f"{part.source.path}: the file changed while it was being read")
+    for group, (start, end) in enumerate(pairwise(part.bounds)):
+        if not _any(wanted, start, end):
+            continue
+        at = start
+        for batch in reader.batches(group, start, schema.names):
+            rows = _rows(batch, schema, part.source, at)
+            at += batch.num_rows
+            if wanted is not None:
+                rows = rows.where(_wanted(wanted, rows.index))
+            if len(rows.index):
+                yield rows
 
-    `_batch` covers rows `[_start, _end)`; the row group it is from ends before `_group_end`.
-    """
 
-    def __init__(self, parts: Sequence[_Part], schema: pa.Schema) -> None:
-        self._parts = parts
-        self._schema = schema
-        self._part: _Part | None = None
-        self._file: ParquetReader | None = None
-        self._batches: Iterator[pa.RecordBatch] = iter(())
-        self._batch: pa.RecordBatch | None = None
-        self._start = self._end = self._group_end = 0
+def _rows(batch: pa.RecordBatch, schema: pa.Schema, source: SourceFile, at: int) -> Rows:
+    try:
+        batch = conform(batch, schema, source.hive_values)
+    except READ_ERRORS as error:
+        rows = RowRange(at, at + batch.num_rows)
+        raise damaged(source.path, rows, one_line_reason(error)) from error
+    return Rows(np.arange(at, at + batch.num_rows), pa.Table.from_batches([batch], schema))
 
-    def read(self, rows: RowRange) -> pa.Table:
-        """Rows never go back: `rows` starts at or after the end of the last range read."""
-        pieces = []
-        at = rows.start
-        while at < rows.end:
-            if at >= self._group_end:
-                self._open_group(at)
-            while at >= self._end:
-                self._batch = next(self._batches)
-                self._start, self._end = self._end, self._end + self._batch.num_rows
-            assert self._batch is not None and self._part is not None
-            piece = self._batch.slice(at - self._start, rows.end - at)
-            pieces.append(self._conform(piece, self._part.source, at))
-            at += piece.num_rows
-        return pa.Table.from_batches(pieces, schema=self._schema)
 
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+def _wanted(wanted: NDArray[np.bool_], index: NDArray[np.int64]) -> NDArray[np.bool_]:
+    return np.pad(wanted[index[0] : index[-1] + 1], (0, len(index)))[: len(index)]
 
-    def _open_group(self, row: int) -> None:
-        """Open the row group that holds `row`, at that row group's first row."""
-        # Of files and row groups that start at one row, only the last can have rows.
-        part = self._parts[bisect_right(self._parts, row, key=lambda p: p.bounds[0]) - 1]
-        group = bisect_right(part.bounds, row) - 1
-        self._batch = None  # a batch of the old row group must not be held while the next is read
-        if self._file is None or part is not self._part:
-            self.close()
-            self._file = ParquetReader(part.source.path)
-            self._part = part
-            if self._file.footer.group_rows != tuple(b - a for a, b in pairwise(part.bounds)):
-                raise InputError(f"{part.source.path}: the file changed while it was being read")
-        self._start = self._end = part.bounds[group]
-        self._group_end = part.bounds[group + 1]
-        self._batches = self._file.batches(group, self._start)
 
-    def _conform(self, piece: pa.RecordBatch, source: SourceFile, at: int) -> pa.RecordBatch:
-        try:
-            return conform(piece, self._schema, source.hive_values)
-        except READ_ERRORS as error:
-            rows = RowRange(at, at + piece.num_rows)
-            raise damaged(source.path, rows, one_line_reason(error)) from error
+def _any(wanted: NDArray[np.bool_] | None, start: int, end: int) -> bool:
+    return start < end if wanted is None else bool(wanted[start:end].any())

@@ -1,4 +1,4 @@
-"""Parquet out: files that are whole or absent, and the joining of parts into one file.
+"""Parquet out: files that are whole or absent.
 
 Every file we write carries a `batchllm` entry in its key-value metadata (JSON) that says which job
 it is from.
@@ -6,7 +6,7 @@ it is from.
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -15,18 +15,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchllm.io.durable import atomic_write
-from batchllm.io.ranges import RowRange
 from batchllm.io.row_groups import RUN_RECORD_KEY, ParquetReader
-from batchllm.io.schema import conform
+from batchllm.io.rows import RowRange
 
 _PART_NAME = re.compile(r"part-\d{12,}-\d{12,}\.parquet")
-# A joined file's row groups; the bytes bound the memory of joining.
-_GROUP_ROWS = 128 * 1024
-_GROUP_BYTES = 64 * 1024 * 1024
 
 
 def part_name(rows: RowRange) -> str:
-    """The file name of a window; names sort as rows do."""
+    """The file name of a directory's part; names sort as rows do."""
     return f"part-{rows.start:012d}-{rows.end:012d}.parquet"
 
 
@@ -71,34 +67,6 @@ def _writer(
     except BaseException:
         writer.is_open = False  # or its destructor tries to finish the file, and fails noisily
         raise
-
-
-def read_parts(paths: Sequence[Path], schema: pa.Schema) -> Iterator[pa.Table]:
-    """Stream parts in the given order as tables of the size of a row group.
-
-    Raises:
-        InputError: a part cannot be read.
-    """
-    held: list[pa.RecordBatch] = []
-    num_rows = num_bytes = 0
-    for batch in _batches(paths, schema):
-        held.append(batch)
-        num_rows += batch.num_rows
-        num_bytes += batch.nbytes
-        if num_rows >= _GROUP_ROWS or num_bytes >= _GROUP_BYTES:
-            yield pa.Table.from_batches(held, schema=schema)
-            held, num_rows, num_bytes = [], 0, 0
-    if held:
-        yield pa.Table.from_batches(held, schema=schema)
-
-
-def _batches(paths: Sequence[Path], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    for path in paths:
-        with closing(ParquetReader(path)) as reader:
-            for group in range(len(reader.footer.group_rows)):
-                for batch in reader.batches(group, 0):
-                    # Parquet has no type for some of Arrow's, such as seconds: back to declared.
-                    yield conform(batch, schema, {})
 
 
 def read_record(path: Path) -> dict[str, Any] | None:

@@ -3,7 +3,7 @@
 Every failure to read becomes an InputError that names the file and the rows, on one line.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from batchllm.errors import InputError
 from batchllm.io.durable import one_line_reason
-from batchllm.io.ranges import RowRange
+from batchllm.io.rows import RowRange
 from batchllm.io.sources import PARQUET_MAGIC
 
 RUN_RECORD_KEY = b"batchllm"  # our entry in a file's key-value metadata
@@ -66,16 +66,21 @@ class ParquetReader:
             self._source.close()
             raise _unreadable(path, error) from error
 
-    def batches(self, group: int, first_row: int) -> Iterator[pa.RecordBatch]:
+    def batches(
+        self, group: int, first_row: int, columns: Sequence[str] | None = None
+    ) -> Iterator[pa.RecordBatch]:
         """Yield one row group in batches; memory is bounded by a batch, not by the row group.
 
-        `first_row` is the row group's place in the whole data set, for messages.
+        `first_row` is the row group's place in the whole data set, for messages. Of `columns`,
+        those that the file has are read; None reads all.
 
         Raises:
             InputError: a page cannot be read.
         """
-        size = _batch_rows(self._file.metadata.row_group(group))
-        batches = self._file.iter_batches(size, [group])
+        names = self.footer.schema.names
+        read = names if columns is None else [name for name in names if name in set(columns)]
+        size = _batch_rows(self._file.metadata.row_group(group), read)
+        batches = self._file.iter_batches(size, [group], read)
         at, end = first_row, first_row + self.footer.group_rows[group]
         while at < end:
             try:
@@ -108,9 +113,15 @@ def damaged(path: Path, rows: RowRange, reason: str) -> InputError:
     return InputError(f"{path}: {rows} cannot be read: {reason}")
 
 
-def _batch_rows(group: pq.RowGroupMetaData) -> int:
+def _batch_rows(group: pq.RowGroupMetaData, names: Sequence[str]) -> int:
+    chunks = [group.column(i) for i in range(group.num_columns)]
+    num_bytes = sum(
+        int(chunk.total_uncompressed_size)
+        for chunk in chunks
+        if any(f"{chunk.path_in_schema}.".startswith(f"{name}.") for name in names)
+    )
     # Dictionary-encoded text decodes to far more than its encoded size, hence also a row limit.
-    row_bytes = max(1, int(group.total_byte_size) // max(1, int(group.num_rows)))
+    row_bytes = max(1, num_bytes // max(1, int(group.num_rows)))
     return max(1, min(_MAX_BATCH_ROWS, _TARGET_BATCH_BYTES // row_bytes))
 
 

@@ -18,6 +18,7 @@ from batchllm.request import RaggedTokens
 from batchllm.text.prompts import PromptBuilder
 from batchllm.text.tokenizer import Tokenizer
 
+HEAD_ROWS = 20_000  # that an LRU cache and the fields' order are judged by
 _TEXT_TOKENS = 60
 
 
@@ -39,7 +40,9 @@ class PlanReport:
     `computed_tokens` is what a run computes; `distinct_prefixes` what it could not go below;
     `errors` counts failed rows by code. `saved_by_rows` and `saved_by_depth` are the tokens that
     shared prefixes save, by the power of two at or below how many rows share one, or the position
-    where it ends. `lru_saved_share` is what an LRU cache of `lru_kv_tokens` would have saved.
+    where it ends. `window_repeated_tokens` are those of prefixes that several windows share and
+    each of them computes. `lru_saved_share` is what an LRU cache of `lru_kv_tokens` would have
+    saved.
     """
 
     rows: int = 0
@@ -48,6 +51,7 @@ class PlanReport:
     prompt_tokens: int = 0
     computed_tokens: int = 0
     distinct_prefixes: int = 0
+    window_repeated_tokens: int = 0
     longest_prompt: int = 0
     output_tokens: int = 0
     errors: dict[str, int] = field(default_factory=dict)
@@ -65,9 +69,16 @@ class PlanReport:
         """Share of prompt tokens that sharing saves, 0 to 1."""
         return 1 - self.computed_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
+    @property
+    def window_lost_share(self) -> float:
+        """Share that windows lose of what planning the whole table at once would save, 0 to 1."""
+        saved = self.prompt_tokens - self.computed_tokens
+        return self.window_repeated_tokens / max(saved + self.window_repeated_tokens, 1)
+
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
-        return {**asdict(self), "saved_share": round(self.saved_share, 6)}
+        shares = ("saved_share", "window_lost_share")
+        return {**asdict(self), **{name: round(getattr(self, name), 6) for name in shares}}
 
     def as_text(self) -> str:
         """The page a person reads."""
@@ -81,6 +92,11 @@ class PlanReport:
             f"  to compute       {self.computed_tokens:>14,}",
             f"  saved            {self.saved_share:>14.1%}",
         ]
+        if self.windows > 1:
+            lines.append(
+                f"  lost to windows  {self.window_lost_share:>14.2%}  of what the whole table "
+                f"shares, by planning it in {self.windows:,} windows"
+            )
         if self.lru_saved_share is not None:
             lines.append(
                 f"  by an LRU cache  {self.lru_saved_share:>14.1%}  in table order, "
@@ -162,6 +178,7 @@ def report_plan(
     max_tokens: int = 256,
     kv_tokens: int | None = None,
     fields: Sequence[str] = (),
+    head: pa.Table | None = None,
     expect: Callable[[Prompts], float] | None = None,
     also: Callable[[Prompts], None] = lambda prompts: None,
 ) -> PlanReport:
@@ -173,7 +190,9 @@ def report_plan(
         tokenizer: shows shared prefixes as text.
         max_tokens: how long an answer is where no column says.
         kv_tokens: the size of an LRU cache to compare with.
-        fields: a template's columns, in its order, for advice on that; judged by the first window.
+        fields: a template's columns, in its order, for advice on that.
+        head: the first rows in the table's order, which the cache and the fields' order are judged
+            by; None where the first window is that.
         expect: how many seconds a window's prompts take.
         also: sees each window's prompts.
     """
@@ -183,17 +202,21 @@ def report_plan(
     def advised() -> Iterator[pa.Table]:
         for table in tables:
             if not report.windows:
-                report.advice = advise_field_order(table, fields)
+                report.advice = advise_field_order(table if head is None else head, fields)
             yield table
 
+    if replay is not None and head is not None:
+        for prompts in read_prompts([head], builder, max_tokens, PlanReport()):
+            replay.add(prompts.tokens)
     for prompts in read_prompts(advised(), builder, max_tokens, report):
         add_window(report, prompts, tokenizer)
         if expect is not None:
             report.expected_seconds = (report.expected_seconds or 0.0) + expect(prompts)
-        if replay is not None:
+        if replay is not None and head is None:
             replay.add(prompts.tokens)
-            report.lru_saved_share = replay.saved_share
         also(prompts)
+    if replay is not None:
+        report.lru_saved_share = replay.saved_share
     return report
 
 

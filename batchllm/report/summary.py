@@ -24,6 +24,9 @@ def summary_text(summary: Mapping[str, Any]) -> str:
         f"{float(summary['load_seconds']):.1f}s",
         f"whole run       {duration(float(summary['wall_seconds']))}",
     ]
+    if int(summary.get("windows", 0)) > 1:
+        lost = f"{float(summary.get('window_lost_share', 0.0)):.2%}"
+        lines.append(f"windows         {summary['windows']:,}, losing {lost} of what is shared")
     if summary.get("resumed_rows"):
         lines.append(f"resumed         after {summary['resumed_rows']:,} rows of an earlier run")
     return "\n".join(lines)

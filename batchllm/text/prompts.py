@@ -4,7 +4,7 @@ A row that cannot be a prompt gets an error and zero tokens; the others go on.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from batchllm.errors import UsageError
-from batchllm.request import RaggedTokens, RowError
+from batchllm.request import RaggedTokens, Request, RowError, SamplingParams
 from batchllm.text import columns, ragged
 from batchllm.text.chat import ChatTemplate
 from batchllm.text.messages import parse_messages
@@ -34,6 +34,24 @@ class PromptBatch:
     tokens: RaggedTokens
     errors: dict[int, RowError]
     max_tokens: NDArray[np.int32] | None
+
+    def requests(
+        self, sampling_params: SamplingParams, row_index: NDArray[np.int64]
+    ) -> tuple[list[Request], dict[int, RowError]]:
+        """What the rows ask, where they can, and by row index the errors of the rest.
+
+        `row_index` are the rows' numbers in the whole input, [num_rows].
+        """
+        by_length: dict[int, SamplingParams] = {0: sampling_params}
+        requests = []
+        for row, index in enumerate(row_index.tolist()):
+            if row in self.errors:
+                continue
+            limit = 0 if self.max_tokens is None else int(self.max_tokens[row])
+            if limit not in by_length:
+                by_length[limit] = replace(sampling_params, max_tokens=limit)
+            requests.append(Request(index, self.tokens[row], by_length[limit]))
+        return requests, {int(row_index[row]): error for row, error in self.errors.items()}
 
 
 class PromptBuilder:
@@ -81,8 +99,34 @@ class PromptBuilder:
             ragged.without_rows(tokens, list(errors)), dict(sorted(errors.items())), max_tokens
         )
 
-    def _texts(self, table: pa.Table, errors: dict[int, RowError]) -> list[str]:
-        """The text of each row to tokenize; "" where there is an error."""
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The input columns that prompts are made of."""
+        return self._spec.columns
+
+    def keys(self, table: pa.Table) -> list[bytes | None]:
+        """Bytes quick to make of each row that sort as its prompt does, for choosing windows.
+
+        Rows whose keys share a long prefix have prompts that share one. A bad row's key is None.
+        """
+        errors: dict[int, RowError] = {}
+        keys: list[bytes | None]
+        if self._spec.token_ids_column is None:
+            texts = self._texts(table, errors, wrap=self._spec.messages_column is not None)
+            keys = [text.encode("utf-8", "surrogatepass") for text in texts]
+        else:
+            column = table[self._spec.token_ids_column]
+            tokens = columns.token_rows(column, self._vocab_size, errors)
+            keys = [ids.astype(">i4").tobytes() for ids in tokens]
+        return [None if row in errors else key for row, key in enumerate(keys)]
+
+    def _texts(
+        self, table: pa.Table, errors: dict[int, RowError], *, wrap: bool = True
+    ) -> list[str]:
+        """The text of each row to tokenize; "" where there is an error.
+
+        `wrap=False` leaves the chat template out, which does not change what sorts before what.
+        """
         spec = self._spec
         make: Callable[[Any], str]
         if spec.messages_column is not None:
@@ -93,11 +137,11 @@ class PromptBuilder:
             by_column = [columns.python_values(c, errors) for c in needed.columns]
             rows = zip(*by_column, strict=True) if by_column else [()] * len(table)
             values = [dict(zip(self._template.columns, row, strict=True)) for row in rows]
-            make = self._from_row
+            make = self._wrapped_row if wrap else self._from_row
         else:
             assert spec.prompt_column is not None
             values = columns.python_values(table[spec.prompt_column], errors)
-            make = self._from_text
+            make = self._wrapped if wrap else self._from_text
         texts = [""] * len(values)
         for row, value in enumerate(values):
             if row not in errors:
@@ -110,6 +154,10 @@ class PromptBuilder:
     def _from_text(self, text: str | None) -> str:
         if text is None:
             raise _RowProblemError("null_prompt", "the prompt is null")
+        return text
+
+    def _wrapped(self, text: str | None) -> str:
+        text = self._from_text(text)
         if self._chat is None:
             return text
         return self._render_chat([{"role": "user", "content": text}])
@@ -117,10 +165,12 @@ class PromptBuilder:
     def _from_row(self, row: Mapping[str, Any]) -> str:
         assert self._template is not None
         try:
-            text = self._template.render(row)
+            return self._template.render(row)
         except ValueError as error:
             raise _RowProblemError("template_error", str(error)) from None
-        return self._from_text(text)
+
+    def _wrapped_row(self, row: Mapping[str, Any]) -> str:
+        return self._wrapped(self._from_row(row))
 
     def _from_messages(self, value: object) -> str:
         if value is None:

@@ -7,18 +7,21 @@ kill would leave. In a second kind of run the call fails as a disk does, with an
 import os
 from itertools import count
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tables import InMemory
 
 from batchllm.errors import OutputError
 from batchllm.io.durable import OutputLock
 from batchllm.io.inspect import read_run
 from batchllm.io.manifest import Manifest
 from batchllm.io.output import OutputStore
-from batchllm.io.ranges import pending
 
 SCHEMA = pa.schema([("i", pa.int64())])
+ANSWERS = pa.schema([("answer", pa.int64())])
+INPUT = InMemory(pa.table({"i": range(5)}, schema=SCHEMA))
 CALLS = ("fsync", "replace", "pwrite", "ftruncate", "unlink", "rmdir", "mkdir")
 
 
@@ -77,19 +80,28 @@ def kill(monkeypatch):
     return close_all
 
 
+def write(store, *rows):
+    table = pa.table({"answer": [10 * row for row in rows]}, schema=ANSWERS)
+    store.write_answers(np.array(rows), table, {"rows": len(rows)})
+
+
 def run_job(path):
-    store = OutputStore.open(path, SCHEMA, {"job": 1}, num_rows=5)
+    store = OutputStore.open(path, SCHEMA, ANSWERS, {"job": 1}, num_rows=5)
     if store.is_complete:
         return
-    for rows in pending(5, store.finished, 2):
-        table = pa.table({"i": range(rows.start, rows.end)}, schema=SCHEMA)
-        store.write_window(rows, table, {"rows": rows.num_rows})
-    store.finish({"rows": 5})
+    for rows in ([0, 3], [1, 4], [2]):
+        if left := [row for row in rows if not store.finished[row]]:
+            write(store, *left)
+    store.finish({"rows": 5}, INPUT)
+
+
+WHOLE = {"i": [0, 1, 2, 3, 4], "answer": [0, 10, 20, 30, 40]}
 
 
 def read(path):
     files = [path] if path.is_file() else sorted(path.glob("*.parquet"))
-    return [i for file in files for i in pq.read_table(file, partitioning=None)["i"].to_pylist()]
+    tables = [pq.read_table(file, partitioning=None) for file in files]
+    return pa.concat_tables(tables).to_pydict()
 
 
 def leftovers(root):
@@ -115,11 +127,11 @@ def test_a_job_that_dies_anywhere_goes_on(tmp_path, name, kind, kill):
                 died = True
         kill()
         if name == "out.parquet" and path.exists():
-            assert read(path) == [0, 1, 2, 3, 4]
+            assert read(path) == WHOLE
         elif died and (path.exists() or list(root.iterdir())):
             check_unfinished(path)
         run_job(path)
-        assert read(path) == [0, 1, 2, 3, 4]
+        assert read(path) == WHOLE
         assert read_run(path).state == "complete"
         assert leftovers(root) == leftovers(clean)
         num_died += died
@@ -135,24 +147,27 @@ def check_unfinished(path):
     except OutputError:
         return  # it died before the job was on record
     assert (run.state == "complete") == (run.summary is not None)
-    parts = path if path.is_dir() else path.parent / f".{path.name}.batchllm"
-    for window in run.windows:
-        rows = pq.read_table(parts / window.file, partitioning=None)["i"].to_pylist()
-        assert rows == list(range(window.rows.start, window.rows.end))
+    work = path / "_batchllm" if path.is_dir() else path.parent / f".{path.name}.batchllm"
+    for answers in run.answers:
+        table = pq.read_table(work / answers.file.name, partitioning=None)
+        assert table.num_rows == answers.num_rows
+        assert table["answer"].to_pylist() == [10 * row for row in table["__row__"].to_pylist()]
 
 
 @pytest.mark.parametrize("name", ["out.parquet", "out"])
-def test_a_window_is_durable_before_it_is_on_record(tmp_path, monkeypatch, name):
-    store = OutputStore.open(tmp_path / name, SCHEMA, {}, num_rows=2)
+def test_answers_are_durable_before_they_are_on_record(tmp_path, monkeypatch, name):
+    store = OutputStore.open(tmp_path / name, SCHEMA, ANSWERS, {}, num_rows=2)
     faults = Faults(monkeypatch, None, None)
-    store.write_window(pending(2, [], 2)[0], pa.table({"i": [0, 1]}, schema=SCHEMA), {})
+    write(store, 0, 1)
     assert faults.log == ["fsync", "replace", "fsync", "pwrite", "fsync"]
     store.close()
 
 
-def test_a_file_is_durable_before_its_parts_go(tmp_path, monkeypatch):
-    store = OutputStore.open(tmp_path / "out.parquet", SCHEMA, {}, num_rows=2)
-    store.write_window(pending(2, [], 2)[0], pa.table({"i": [0, 1]}, schema=SCHEMA), {})
+@pytest.mark.parametrize("name", ["out.parquet", "out"])
+def test_an_output_is_durable_before_its_answers_go(tmp_path, monkeypatch, name):
+    store = OutputStore.open(tmp_path / name, SCHEMA, ANSWERS, {}, num_rows=5)
+    write(store, 0, 1, 2, 3, 4)
     faults = Faults(monkeypatch, None, None)
-    store.finish({})
-    assert faults.log[:4] == ["fsync", "replace", "fsync", "unlink"]
+    store.finish({}, INPUT)
+    on_record = [] if name == "out.parquet" else ["pwrite", "fsync"]
+    assert faults.log[: 4 + len(on_record)] == ["fsync", "replace", "fsync", *on_record, "unlink"]

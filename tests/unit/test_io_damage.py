@@ -2,13 +2,13 @@
 
 import random
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from batchllm.errors import InputError
 from batchllm.io.parquet import ParquetInput
-from batchllm.io.ranges import RowRange, pending
 
 TABLE = pa.table({"i": range(300), "t": [f"some text of row {i} " * 3 for i in range(300)]})
 
@@ -21,9 +21,7 @@ def path(tmp_path):
 
 
 def read(path):
-    opened = ParquetInput(path)
-    windows = opened.windows(pending(opened.num_rows, [], 30))
-    return pa.concat_tables([window.table for window in windows])
+    return pa.concat_tables([rows.table for rows in ParquetInput(path).read()])
 
 
 def fails(path, action=read):
@@ -85,8 +83,9 @@ def test_damage_in_a_page_names_file_and_rows_and_spares_other_row_groups(path):
     content[where] = b"\xff" * (where.stop - where.start)
     path.write_bytes(content)
     assert "rows 100 to 199 cannot be read: " in fails(path)
-    first, last = ParquetInput(path).windows([RowRange(90, 100), RowRange(200, 300)])
-    assert first.table.equals(TABLE.slice(90, 10))
+    wanted = np.arange(300) // 100 != 1
+    first, last = ParquetInput(path).read(wanted)
+    assert first.table.equals(TABLE.slice(0, 100))
     assert last.table.equals(TABLE.slice(200, 100))
 
 
@@ -104,22 +103,22 @@ def test_a_file_cut_or_replaced_while_it_is_read_is_an_input_error(path):
     whole = path.read_bytes()
     opened = ParquetInput(path)
     path.write_bytes(whole[: len(whole) // 2])
-    fails(path, lambda _: list(opened.windows([RowRange(0, 300)])))
+    fails(path, lambda _: list(opened.read()))
     pq.write_table(TABLE, path, row_group_size=50)
-    assert "changed while" in fails(path, lambda _: list(opened.windows([RowRange(0, 300)])))
+    assert "changed while" in fails(path, lambda _: list(opened.read()))
     path.unlink()
-    assert "No such file" in fails(path, lambda _: list(opened.windows([RowRange(0, 300)])))
+    assert "No such file" in fails(path, lambda _: list(opened.read()))
     assert "No such file" in fails(path, lambda _: opened.content_hash())
 
 
 def test_a_file_cut_behind_an_open_reader_names_the_rows(path):
     opened = ParquetInput(path)
-    windows = opened.windows(pending(300, [], 30))
-    next(windows)
+    pieces = opened.read()
+    next(pieces)
     with path.open("r+b") as file:
         file.truncate(page_bytes(path, 1).start + 10)
     with pytest.raises(InputError, match=r"a\.parquet: rows \d+ to \d+ cannot be read"):
-        list(windows)
+        list(pieces)
 
 
 @pytest.mark.parametrize("compression", ["none", "snappy", "zstd"])

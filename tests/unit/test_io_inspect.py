@@ -2,16 +2,19 @@
 
 import os
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tables import InMemory
 
 from batchllm.errors import OutputError
 from batchllm.io.inspect import read_run
 from batchllm.io.output import OutputStore
-from batchllm.io.ranges import RowRange
 
 SCHEMA = pa.schema([("i", pa.int64())])
+ANSWERS = pa.schema([("answer", pa.int64())])
+INPUT = InMemory(pa.table({"i": range(2)}, schema=SCHEMA))
 
 
 @pytest.fixture(autouse=True)
@@ -26,26 +29,26 @@ def path(request, tmp_path):
 
 
 def write(store, start, end):
-    table = pa.table({"i": range(start, end)}, schema=SCHEMA)
-    store.write_window(RowRange(start, end), table, {"failed": 1})
+    rows = np.arange(start, end)
+    store.write_answers(rows, pa.table({"answer": rows}, schema=ANSWERS), {"failed": 1})
 
 
 def test_an_unfinished_run_is_read_while_it_is_written(path):
-    with OutputStore.open(path, SCHEMA, {"a": {"b": 1}}, num_rows=10) as store:
+    with OutputStore.open(path, SCHEMA, ANSWERS, {"a": {"b": 1}}, num_rows=10) as store:
         write(store, 6, 8)
         write(store, 0, 2)
         run = read_run(str(path))
     assert (run.state, run.summary) == ("unfinished", None)
     assert (run.num_rows, run.num_finished_rows) == (10, 4)
     assert run.identity == {"a": {"b": 1}}
-    assert [w.rows for w in run.windows] == [RowRange(0, 2), RowRange(6, 8)]
-    assert [w.failed for w in run.windows] == [1, 1]
+    assert [a.num_rows for a in run.answers] == [2, 2]
+    assert [a.failed for a in run.answers] == [1, 1]
 
 
 def test_a_complete_run(path):
-    with OutputStore.open(path, SCHEMA, {"a": 1}, num_rows=2) as store:
+    with OutputStore.open(path, SCHEMA, ANSWERS, {"a": 1}, num_rows=2) as store:
         write(store, 0, 2)
-        store.finish({"rows": 2})
+        store.finish({"rows": 2}, INPUT)
     run = read_run(path)
     assert (run.state, run.summary, run.identity) == ("complete", {"rows": 2}, {"a": 1})
     assert (run.num_rows, run.num_finished_rows) == (2, 2)
@@ -53,9 +56,9 @@ def test_a_complete_run(path):
 
 def test_a_directory_that_lost_a_part_is_not_complete(tmp_path):
     path = tmp_path / "out"
-    with OutputStore.open(path, SCHEMA, {}, num_rows=2) as store:
+    with OutputStore.open(path, SCHEMA, ANSWERS, {}, num_rows=2) as store:
         write(store, 0, 2)
-        store.finish({})
+        store.finish({}, INPUT)
     next(path.glob("*.parquet")).unlink()
     run = read_run(path)
     assert (run.state, run.summary, run.num_finished_rows) == ("unfinished", None, 0)

@@ -9,18 +9,25 @@ from hypothesis import strategies as st
 
 from batchllm.errors import OutputError
 from batchllm.io.identity import describe_differences, plain
-from batchllm.io.manifest import Job, Manifest, WindowRecord, read_manifest
-from batchllm.io.ranges import RowRange
+from batchllm.io.manifest import (
+    AnswersRecord,
+    FileRecord,
+    FinishedRecord,
+    Job,
+    Manifest,
+    read_manifest,
+)
 
 JOB = Job({"model": {"sha256": "ab" * 32}, "prompt": "a\nb\r\u2028é"}, 100, {"t": "string"})
 
 
-def window(start, end, **counters):
-    rows = RowRange(start, end)
-    return WindowRecord(rows, f"part-{start}", 1000 + start, counters.get("failed", 0), counters)
+def answers(number, num_rows, **counters):
+    file = FileRecord(f"answers-{number}", 1000 + number)
+    return AnswersRecord(file, num_rows, counters.get("failed", 0), counters)
 
 
-WINDOWS = [window(0, 10, steps=3), window(20, 30, failed=2), window(10, 20)]
+ANSWERS = [answers(0, 10, steps=3), answers(1, 10, failed=2), answers(2, 20)]
+FINISHED = FinishedRecord({"rows": 100}, [FileRecord("part-0", 5000)])
 
 
 @pytest.fixture(autouse=True)
@@ -33,9 +40,9 @@ def quick(monkeypatch):
 def path(tmp_path):
     path = tmp_path / "manifest.jsonl"
     manifest = Manifest.create(path, JOB)
-    for record in WINDOWS:
-        manifest.append_window(record)
-    manifest.append_finished({"rows": 100})
+    for record in ANSWERS:
+        manifest.append_answers(record)
+    manifest.append_finished(FINISHED)
     manifest.close()
     return path
 
@@ -43,26 +50,17 @@ def path(tmp_path):
 def test_what_was_written_is_read(path):
     state = read_manifest(path)
     assert state.job == JOB
-    assert list(state.windows.values()) == WINDOWS
-    assert state.summary == {"rows": 100}
+    assert state.answers == ANSWERS
+    assert state.finished == FINISHED
     assert state.num_valid_bytes == path.stat().st_size
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [line["data"]["type"] for line in lines] == ["job", *["window"] * 3, "finished"]
+    assert [line["data"]["type"] for line in lines] == ["job", *["answers"] * 3, "finished"]
     assert lines[2]["data"]["failed"] == 2
     assert lines[2]["data"]["rows"] == 10
 
 
 def test_no_manifest_is_none(tmp_path):
     assert read_manifest(tmp_path / "manifest.jsonl") is None
-
-
-def test_a_window_after_the_finish_makes_the_job_unfinished(path):
-    manifest = Manifest(path, path.stat().st_size)
-    manifest.append_window(window(0, 10, steps=9))
-    manifest.close()
-    state = read_manifest(path)
-    assert state.summary is None
-    assert state.windows[RowRange(0, 10)].counters == {"steps": 9}
 
 
 def test_a_cut_at_any_byte_keeps_the_whole_lines_and_can_be_appended_to(path):
@@ -76,14 +74,14 @@ def test_a_cut_at_any_byte_keeps_the_whole_lines_and_can_be_appended_to(path):
             continue
         state = read_manifest(path)
         num_lines = whole[:length].count(b"\n")
-        assert list(state.windows.values()) == WINDOWS[: num_lines - 1]
-        assert (state.summary is None) == (length < len(whole))
+        assert state.answers == ANSWERS[: num_lines - 1]
+        assert (state.finished is None) == (length < len(whole))
         manifest = Manifest(path, state.num_valid_bytes)
-        manifest.append_window(window(50, 60))
+        manifest.append_answers(answers(50, 10))
         manifest.close()
         again = read_manifest(path)
-        assert [*again.windows.values()][-1] == window(50, 60)
-        assert len(again.windows) == len(state.windows) + 1
+        assert again.answers[-1] == answers(50, 10)
+        assert len(again.answers) == len(state.answers) + 1
         assert again.num_valid_bytes == path.stat().st_size
 
 
@@ -111,7 +109,7 @@ def test_a_line_that_is_whole_but_not_ours_is_refused(path, monkeypatch):
     with pytest.raises(OutputError, match="line 6 is not a batchllm manifest's"):
         read_manifest(path)
     monkeypatch.setattr("batchllm.io.manifest.FORMAT_VERSION", 9)
-    with pytest.raises(OutputError, match="has format 1 of another batchllm, this one writes 9"):
+    with pytest.raises(OutputError, match="has format 2 of another batchllm, this one writes 9"):
         read_manifest(path)
 
 
@@ -129,10 +127,10 @@ def test_a_line_that_fails_is_taken_back(path, monkeypatch, step):
     with monkeypatch.context() as patch:
         patch.setattr(os, step, fail)
         with pytest.raises(OSError, match="full"):
-            manifest.append_window(window(50, 60))
+            manifest.append_answers(answers(50, 10))
     assert path.read_bytes() == before
-    manifest.append_window(window(60, 70))
-    assert [*read_manifest(path).windows.values()] == [*WINDOWS, window(60, 70)]
+    manifest.append_answers(answers(60, 10))
+    assert read_manifest(path).answers == [*ANSWERS, answers(60, 10)]
     manifest.close()
 
 
@@ -149,19 +147,19 @@ def test_half_a_line_that_cannot_be_taken_back_is_written_over(path, monkeypatch
         patch.setattr(os, "pwrite", fail)
         patch.setattr(os, "ftruncate", fail)
         with pytest.raises(OSError, match="disk"):
-            manifest.append_window(window(50, 60, much="x" * 300))
-    manifest.append_window(window(60, 70))
+            manifest.append_answers(answers(50, 10, much="x" * 300))
+    manifest.append_answers(answers(60, 10))
     manifest.close()
-    assert [*read_manifest(path).windows.values()] == [*WINDOWS, window(60, 70)]
+    assert read_manifest(path).answers == [*ANSWERS, answers(60, 10)]
 
 
 def test_short_writes_are_continued(path, monkeypatch):
     pwrite = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda handle, data, at: pwrite(handle, data[:5], at))
     manifest = Manifest(path, path.stat().st_size)
-    manifest.append_window(window(50, 60))
+    manifest.append_answers(answers(50, 10))
     manifest.close()
-    assert [*read_manifest(path).windows.values()] == [*WINDOWS, window(50, 60)]
+    assert read_manifest(path).answers == [*ANSWERS, answers(50, 10)]
 
 
 def test_differences_are_named_by_path_with_both_values():

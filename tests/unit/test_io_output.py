@@ -7,24 +7,25 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
+from tables import InMemory
 
 from batchllm.errors import OutputError
 from batchllm.io.durable import OutputLock
 from batchllm.io.output import OutputStore
 from batchllm.io.parquet import ParquetInput
 from batchllm.io.parts import read_record
-from batchllm.io.ranges import RowRange, pending
 
 IDENTITY = {"model": {"sha256": "a" * 64}, "sampling": {"max_tokens": 128}}
-SCHEMA = pa.schema(
-    [pa.field("i", pa.int64()), pa.field("answer", pa.string())],
-    metadata={"pandas": "{}", "custom": "kept"},
-)
-TABLE = pa.table({"i": range(10), "answer": [f"answer {i}" for i in range(10)]}, schema=SCHEMA)
+SCHEMA = pa.schema([pa.field("i", pa.int64())], metadata={"pandas": "{}", "custom": "kept"})
+ANSWERS = pa.schema([pa.field("answer", pa.string())])
+INPUT = pa.table({"i": range(10)}, schema=SCHEMA)
+ANSWER = pa.table({"answer": [f"answer {i}" for i in range(10)]}, schema=ANSWERS)
+TABLE = INPUT.append_column("answer", ANSWER["answer"])
 
 
 @pytest.fixture(autouse=True)
@@ -38,20 +39,24 @@ def path(request, tmp_path):
     return tmp_path / "deep" / "er" / request.param
 
 
-def start(path, identity=IDENTITY, schema=SCHEMA, num_rows=10):
-    return OutputStore.open(path, schema, identity, num_rows=num_rows)
+def start(path, identity=IDENTITY, schema=SCHEMA, answers=ANSWERS, num_rows=10):
+    return OutputStore.open(path, schema, answers, identity, num_rows=num_rows)
 
 
-def write(store, start, end):
-    rows = RowRange(start, end)
-    store.write_window(rows, TABLE.slice(start, end - start), {"failed": 1, "steps": end})
+def write(store, *rows):
+    rows = np.array(rows)
+    store.write_answers(rows, ANSWER.take(rows), {"failed": 1, "steps": int(rows[-1])})
+
+
+def finish(store, summary=None, table=INPUT):
+    store.finish(summary or {}, InMemory(table))
 
 
 def complete(path):
     with start(path) as store:
-        for bounds in [(4, 9), (0, 4), (9, 10)]:
-            write(store, *bounds)
-        store.finish({"rows": 10, "speed": 1.5})
+        for rows in [(4, 5, 8), (0, 2, 3, 6, 7), (1,), (9,)]:
+            write(store, *rows)
+        finish(store, {"rows": 10, "speed": 1.5})
     return store
 
 
@@ -72,7 +77,7 @@ def refused(path, **kwargs):
     return str(caught.value)
 
 
-def test_windows_in_any_order_come_out_in_row_order(path):
+def test_answers_in_any_order_come_out_in_row_order(path):
     store = complete(path)
     assert store.is_complete
     assert store.summary == {"rows": 10, "speed": 1.5}
@@ -87,24 +92,24 @@ def test_a_file_leaves_nothing_beside_it_and_carries_its_run(tmp_path):
     record = json.loads(pq.read_metadata(path).metadata[b"batchllm"])
     assert record["identity"] == IDENTITY
     assert record["summary"] == {"rows": 10, "speed": 1.5}
-    assert record["version"] == 1
+    assert record["version"] == 2
     assert pq.read_metadata(path).row_group(0).column(1).compression == "ZSTD"
-    assert pq.read_metadata(path).num_row_groups == 1  # three small windows became one
+    assert pq.read_metadata(path).num_row_groups == 1  # four small files became one
 
 
-def test_a_directory_holds_parts_that_sort_by_row_and_a_summary(tmp_path):
+def test_a_directory_holds_parts_that_sort_by_row_and_a_summary(tmp_path, monkeypatch):
+    monkeypatch.setattr("batchllm.io.output._PART_ROWS", 4)
     path = tmp_path / "out"
     complete(path)
     parts = [
         "part-000000000000-000000000004.parquet",
-        "part-000000000004-000000000009.parquet",
-        "part-000000000009-000000000010.parquet",
+        "part-000000000004-000000000008.parquet",
+        "part-000000000008-000000000010.parquet",
     ]
     assert tree(path) == {*parts, "_batchllm/manifest.jsonl", "_batchllm/summary.json"}
     assert json.loads((path / "_batchllm/summary.json").read_text())["rows"] == 10
-    record = read_record(path / parts[1])
-    assert (record["identity"], record["rows"]) == (IDENTITY, [4, 9])
-    assert record["counters"] == {"failed": 1, "steps": 9}
+    assert read_record(path / parts[1])["identity"] == IDENTITY
+    assert read(path).equals(TABLE)
     assert ds.dataset(path).to_table().select(["i", "answer"]).equals(TABLE)
     assert ParquetInput(path).num_rows == 10
 
@@ -128,56 +133,62 @@ def test_every_type_survives_the_store(tmp_path):
     opened = ParquetInput(source)
     for name in ("out.parquet", "out"):
         with start(tmp_path / name, schema=opened.schema, num_rows=3) as store:
-            for window in opened.windows(pending(3, [], 1)):
-                store.write_window(window.rows, window.table, {})
-            store.finish({})
-        assert read(tmp_path / name).equals(pq.read_table(source))
-        assert read(tmp_path / name).schema.metadata[b"custom"] == b"kept"
+            write(store, 0, 2)
+            write(store, 1)
+            store.finish({}, opened)
+        done = read(tmp_path / name)
+        assert done.drop_columns("answer").equals(pq.read_table(source))
+        assert done["answer"].to_pylist() == ["answer 0", "answer 1", "answer 2"]
+        assert done.schema.metadata[b"custom"] == b"kept"
 
 
 def test_types_that_parquet_changes_still_fit_the_declared_schema(tmp_path):
     schema = pa.schema([("s", pa.timestamp("s")), ("d", pa.dictionary(pa.int8(), pa.int64()))])
     table = pa.table({"s": [1, 2], "d": pa.array([7, 7]).dictionary_encode()}).cast(schema)
-    with start(tmp_path / "out.parquet", schema=schema, num_rows=2) as store:
-        store.write_window(RowRange(0, 2), table, {})
-        store.finish({})
+    with start(tmp_path / "out.parquet", schema=SCHEMA, answers=schema, num_rows=2) as store:
+        store.write_answers(np.arange(2), table, {})
+        finish(store, table=INPUT.slice(0, 2))
     expected = [value.as_py() for value in table["s"]]
-    assert read(tmp_path / "out.parquet").to_pydict() == {"s": expected, "d": [7, 7]}
+    done = read(tmp_path / "out.parquet").to_pydict()
+    assert done == {"i": [0, 1], "s": expected, "d": [7, 7]}
 
 
 def test_an_output_used_as_input_gives_up_its_old_record(tmp_path):
     complete(tmp_path / "one.parquet")
     opened = ParquetInput(tmp_path / "one.parquet")
     stale = opened.schema.with_metadata({**SCHEMA.metadata, b"batchllm": b"{}"})
-    with start(tmp_path / "two.parquet", {"second": 1}, stale) as store:
-        for window in opened.windows([RowRange(0, 10)]):
-            store.write_window(window.rows, window.table, {})
-        store.finish({})
+    second = {"identity": {"second": 1}, "answers": pa.schema([("again", pa.string())])}
+    with start(tmp_path / "two.parquet", schema=stale, **second) as store:
+        answers = ANSWER.rename_columns(["again"])
+        store.write_answers(np.arange(10), answers, {})
+        store.finish({}, opened)
     assert read_record(tmp_path / "two.parquet")["identity"] == {"second": 1}
     assert pq.read_schema(tmp_path / "two.parquet").metadata == SCHEMA.metadata
-    assert start(tmp_path / "two.parquet", {"second": 1}, opened.schema).is_complete
+    assert read(tmp_path / "two.parquet").column_names == ["i", "answer", "again"]
+    assert start(tmp_path / "two.parquet", schema=opened.schema, **second).is_complete
 
 
 def test_no_rows_make_an_output_with_columns(path):
     with start(path, num_rows=0) as store:
-        assert (store.finished, store.is_complete) == ([], False)
-        store.finish({})
+        assert (len(store.finished), store.is_complete) == (0, False)
+        finish(store, table=INPUT.slice(0, 0))
     assert read(path).num_rows == 0
     assert read(path).schema.names == ["i", "answer"]
     assert start(path, num_rows=0).is_complete
 
 
-def test_a_job_resumes_with_its_counters_and_another_window_size(path):
+def test_a_job_resumes_with_its_counters(path):
     with start(path) as store:
-        write(store, 4, 9)
+        write(store, 4, 5, 6, 7, 8)
         write(store, 0, 2)
     with start(path) as store:
         assert not store.is_complete
-        assert store.finished == [RowRange(0, 2), RowRange(4, 9)]
-        assert store.window_counters == [{"failed": 1, "steps": 2}, {"failed": 1, "steps": 9}]
-        for rows in pending(10, store.finished, 1):
-            write(store, rows.start, rows.end)
-        store.finish({})
+        assert np.flatnonzero(store.finished).tolist() == [0, 2, 4, 5, 6, 7, 8]
+        assert store.counters == [{"failed": 1, "steps": 8}, {"failed": 1, "steps": 2}]
+        write(store, 1, 9)
+    with start(path) as store:
+        write(store, 3)
+        finish(store)
     assert read(path).equals(TABLE)
 
 
@@ -187,12 +198,12 @@ def test_a_complete_output_says_so_and_is_left_alone(path):
     store = start(path)
     assert store.is_complete
     assert store.summary == {"rows": 10, "speed": 1.5}
-    assert sum(rows.num_rows for rows in store.finished) == 10
+    assert store.finished.all()
     assert {name: (path.parent / name).stat().st_mtime_ns for name in tree(path.parent)} == before
     with pytest.raises(ValueError, match="complete or closed"):
         write(store, 0, 1)
     with pytest.raises(ValueError, match="complete or closed"):
-        store.finish({})
+        finish(store)
 
 
 @pytest.mark.parametrize("finished", [True, False])
@@ -201,7 +212,7 @@ def test_a_different_job_is_refused_and_told_what_differs(path, finished):
         complete(path)
     else:
         with start(path) as store:
-            write(store, 0, 4)
+            write(store, 0, 1)
     other = {"model": {"sha256": "b" * 64}, "sampling": {"max_tokens": 64}}
     message = refused(path, identity=other)
     work = path.parent / ".out.parquet.batchllm"
@@ -211,8 +222,8 @@ def test_a_different_job_is_refused_and_told_what_differs(path, finished):
         f" was 128. Use another output path, or delete {to_delete} to start over"
     )
     assert "num_rows is 11, was 10" in refused(path, num_rows=11)
-    schema = SCHEMA.set(1, pa.field("answer", pa.int64()))
-    assert 'columns.answer is "int64", was "string"' in refused(path, schema=schema)
+    answers = pa.schema([("answer", pa.int64())])
+    assert 'columns.answer is "int64", was "string"' in refused(path, answers=answers)
     start(path).close()  # the refusals changed nothing
 
 
@@ -224,63 +235,81 @@ def test_a_job_that_did_nothing_leaves_nothing_and_refuses_nobody(path):
     header = manifest.read_bytes()
     store.close()
     manifest.parent.mkdir(parents=True)
-    manifest.write_bytes(header)  # what a process killed before its first window leaves
+    manifest.write_bytes(header)  # what a process killed before its first answers leaves
     with start(path, identity={"another": "job"}) as store:
-        write(store, 0, 4)
+        write(store, 0, 1)
     assert "was started by a different job" in refused(path)
 
 
-def test_a_part_that_went_missing_is_done_again(tmp_path):
+def test_answers_that_went_missing_are_given_again(path):
+    with start(path) as store:
+        write(store, 0, 1, 2, 3)
+        write(store, 4, 5)
+        write(store, 6, 7)
+    lost = work_of(path) / "answers-000001.parquet"
+    lost.write_bytes(lost.read_bytes()[:-1])
+    with start(path) as store:
+        assert np.flatnonzero(store.finished).tolist() == [0, 1, 2, 3, 6, 7]
+        assert not lost.exists()
+        assert len(store.counters) == 2
+        write(store, 4, 5, 8, 9)
+    with start(path) as store:
+        assert store.finished.all()
+        finish(store)
+    assert read(path).equals(TABLE)
+
+
+def test_a_complete_directory_that_lost_a_part_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("batchllm.io.output._PART_ROWS", 4)
     path = tmp_path / "out"
     complete(path)
-    part = path / "part-000000000004-000000000009.parquet"
-    part.write_bytes(part.read_bytes()[:-1])
-    with start(path) as store:
-        assert not store.is_complete
-        assert store.finished == [RowRange(0, 4), RowRange(9, 10)]
-        assert not (path / "_batchllm/summary.json").exists()
-        write(store, 4, 7)
-        write(store, 7, 9)
-        store.finish({})
-    assert read(path).equals(TABLE)
+    part = path / "part-000000000004-000000000008.parquet"
+    content = part.read_bytes()
+    part.write_bytes(content[:-1])
+    assert refused(path) == (
+        f"{part}: is missing or not as it was written; put it back, or delete {path} to start over"
+    )
+    part.write_bytes(content)
     assert start(path).is_complete
 
 
-def test_a_part_damaged_on_disk_is_found_when_the_file_is_joined(tmp_path):
-    path = tmp_path / "out.parquet"
-    schema = pa.schema([("t", pa.binary())])
-    with start(path, schema=schema, num_rows=1) as store:
+def test_answers_damaged_on_disk_are_found_when_they_are_joined(path):
+    schema = pa.schema([("answer", pa.binary())])
+    with start(path, answers=schema, num_rows=1) as store:
         # Noise is stored as it is, so that only the page's checksum can tell that it changed.
-        table = pa.table({"t": [os.urandom(10_000)]}, schema=schema)
-        store.write_window(RowRange(0, 1), table, {})
-        part = tmp_path / ".out.parquet.batchllm/part-000000000000-000000000001.parquet"
-        content = bytearray(part.read_bytes())
+        table = pa.table({"answer": [os.urandom(10_000)]}, schema=schema)
+        store.write_answers(np.array([0]), table, {})
+        file = work_of(path) / "answers-000000.parquet"
+        content = bytearray(file.read_bytes())
         content[5_000] ^= 1
-        part.write_bytes(content)
-        with pytest.raises(OutputError, match=r"cannot be read.*; delete that part and run again"):
-            store.finish({})
-    assert not path.exists()
+        file.write_bytes(content)
+        with pytest.raises(OutputError, match=r"cannot be read.*; delete that file and run again"):
+            finish(store, table=INPUT.slice(0, 1))
+    assert not path.is_file() and not list(path.glob("*.parquet"))
 
 
 @pytest.mark.parametrize(
     ("rows", "table", "message"),
     [
-        ((0, 3), TABLE.slice(0, 2), "3 rows, the table has 2"),
-        ((0, 2), TABLE.slice(0, 2).rename_columns(["i", "x"]), "declared are"),
-        ((0, 2), TABLE.slice(0, 2).set_column(1, "answer", pa.nulls(2)), "declared are"),
-        ((9, 11), TABLE.slice(0, 2), "only 10 rows"),
-        ((5, 7), TABLE.slice(5, 2), "written twice"),
-        ((3, 3), TABLE.slice(0, 0), "0 rows"),
+        ((0, 1, 2), ANSWER.slice(0, 2), "3 rows, the table has 2"),
+        ((0, 1), ANSWER.slice(0, 2).rename_columns(["x"]), "declared are"),
+        ((0, 1), ANSWER.slice(0, 2).set_column(0, "answer", pa.nulls(2)), "declared are"),
+        ((9, 10), ANSWER.slice(0, 2), "only 10 rows|there are 10 rows"),
+        ((-1, 3), ANSWER.slice(0, 2), "there are 10 rows"),
+        ((3, 5), ANSWER.slice(5, 2), "row 5 answered twice"),
+        ((7, 7), ANSWER.slice(5, 2), "not ascending"),
+        ((8, 7), ANSWER.slice(5, 2), "not ascending"),
+        ((), ANSWER.slice(0, 0), "0 rows"),
     ],
 )
-def test_a_window_that_was_not_declared_is_refused(path, rows, table, message):
+def test_answers_that_were_not_declared_are_refused(path, rows, table, message):
     with start(path) as store:
-        write(store, 4, 6)
+        write(store, 4, 5)
         with pytest.raises(ValueError, match=message):
-            store.write_window(RowRange(*rows), table, {})
-        with pytest.raises(ValueError, match="2 gaps, the first rows 0 to 3"):
-            store.finish({})
-        assert store.finished == [RowRange(4, 6)]
+            store.write_answers(np.array(rows, dtype=np.int64), table, {})
+        with pytest.raises(ValueError, match="8 rows unanswered, the first 0"):
+            finish(store)
+        assert np.flatnonzero(store.finished).tolist() == [4, 5]
 
 
 def foreign_file(path):
@@ -309,9 +338,8 @@ def foreign_work(path):
 
 def one_part(path):
     path.parent.mkdir(parents=True)
-    with start(path.with_name("other")) as store:
-        write(store, 0, 4)
-    path.with_name("other").joinpath("part-000000000000-000000000004.parquet").rename(path)
+    complete(path.with_name("other"))
+    next(path.with_name("other").glob("part-*")).rename(path)
 
 
 @pytest.mark.parametrize(
@@ -336,10 +364,10 @@ def test_an_empty_directory_may_be_filled(tmp_path):
 def test_a_file_that_appears_meanwhile_is_not_replaced(tmp_path):
     path = tmp_path / "out.parquet"
     with start(path) as store:
-        write(store, 0, 10)
+        write(store, *range(10))
         path.write_text("precious")
         with pytest.raises(OutputError, match="appeared while the job ran"):
-            store.finish({})
+            finish(store)
     assert path.read_text() == "precious"
 
 
@@ -355,34 +383,33 @@ def work_of(path):
     return path.parent / ".out.parquet.batchllm" if path.suffix else path / "_batchllm"
 
 
-def test_a_full_disk_costs_the_window_and_nothing_else(path):
+def test_a_full_disk_costs_the_answers_in_hand_and_nothing_else(path):
     with start(path) as store:
-        write(store, 0, 4)
-        full = work_of(path) / "part-000000000004-000000000009.parquet.tmp"
+        write(store, 0, 1, 2, 3)
+        full = work_of(path) / "answers-000001.parquet.tmp"
         full.symlink_to("/dev/full")
         with pytest.raises(OutputError) as caught:
-            write(store, 4, 9)
+            write(store, 4, 5)
         assert str(caught.value) == f"{path}: cannot be written: No space left on device"
         assert not full.is_symlink()
-        assert store.finished == [RowRange(0, 4)]
-        write(store, 4, 9)  # there is space again
-        write(store, 9, 10)
-        store.finish({})
+        assert np.flatnonzero(store.finished).tolist() == [0, 1, 2, 3]
+        write(store, *range(4, 10))  # there is space again
+        finish(store)
     assert read(path).equals(TABLE)
 
 
 def test_a_full_disk_at_the_end_leaves_no_file_that_looks_finished(tmp_path):
     path = tmp_path / "out.parquet"
     with start(path) as store:
-        write(store, 0, 10)
+        write(store, *range(10))
         (work_of(path) / "output.tmp").symlink_to("/dev/full")
         with pytest.raises(OutputError, match="No space left on device"):
-            store.finish({})
+            finish(store)
         assert not path.exists()
         assert not store.is_complete
     with start(path) as store:
-        assert store.finished == [RowRange(0, 10)]
-        store.finish({})
+        assert store.finished.all()
+        finish(store)
     assert read(path).equals(TABLE)
 
 
@@ -410,8 +437,8 @@ def test_a_parent_that_is_a_file_is_told(tmp_path):
 def test_a_second_writer_is_refused_at_once(path):
     with start(path) as store:
         assert "another process is writing it" in refused(path)
-        write(store, 0, 10)
-        store.finish({})
+        write(store, *range(10))
+        finish(store)
     assert start(path).is_complete
 
 
@@ -427,13 +454,13 @@ def test_a_job_that_another_process_finished_just_now_is_complete(path, monkeypa
     store = start(path)
     assert store.is_complete
     with pytest.raises(ValueError, match="complete or closed"):
-        store.finish({})
+        finish(store)
     assert read(path).equals(TABLE)
 
 
 def test_the_lock_falls_with_its_process(path):
     with start(path) as store:
-        write(store, 0, 4)
+        write(store, 0, 1)
     lock = work_of(path) / "lock"
     code = "import fcntl,sys; f=open(sys.argv[1]); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=1)"
     code += "; sys.stdin.read()"
@@ -473,14 +500,18 @@ def test_a_file_system_without_locks_is_used_without(path, monkeypatch):
 
 
 def test_joining_holds_a_row_group_and_not_the_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr("batchllm.io.parts._GROUP_BYTES", 1_000_000)
-    schema = pa.schema([("t", pa.binary())])
+    monkeypatch.setattr("batchllm.io.join._GROUP_BYTES", 1_000_000)
+    monkeypatch.setattr("batchllm.io.join._BUCKET_ROWS", 8)
+    monkeypatch.setattr("batchllm.io.spool._BUDGET_BYTES", 1_000_000)
+    schema = pa.schema([("answer", pa.binary())])
     path = tmp_path / "out.parquet"
+    source = InMemory(pa.table({"i": range(200)}, schema=SCHEMA))
+    order = np.random.default_rng(0).permutation(200).reshape(20, 10)
     sizes = []
-    with start(path, schema=schema, num_rows=200) as store:
-        for rows in pending(200, [], 20):
-            table = pa.table({"t": [os.urandom(100_000) for _ in range(rows.num_rows)]})
-            store.write_window(rows, table, {})
+    with start(path, answers=schema, num_rows=200) as store:
+        for rows in np.sort(order, axis=1):
+            table = pa.table({"answer": [bytes([row]) + os.urandom(100_000) for row in rows]})
+            store.write_answers(rows, table, {})
         del table
         before = pa.total_allocated_bytes()
         original = pq.ParquetWriter.write_table
@@ -491,36 +522,36 @@ def test_joining_holds_a_row_group_and_not_the_whole(tmp_path, monkeypatch):
             assert pa.total_allocated_bytes() - before < 10_000_000  # of 20 MB
 
         monkeypatch.setattr(pq.ParquetWriter, "write_table", recording)
-        store.finish({})
+        store.finish({}, source)
     assert sum(sizes) == 200
     assert len(sizes) > 5
+    assert [answer[0] for answer in pq.read_table(path)["answer"].to_pylist()] == list(range(200))
 
 
-def test_a_torn_manifest_at_every_byte_never_loses_more_than_its_last_window(path):
+def test_a_torn_manifest_at_every_byte_never_loses_more_than_its_last_answers(path):
     with start(path) as store:
-        for bounds in [(0, 4), (4, 9), (9, 10)]:
-            write(store, *bounds)
+        for rows in [range(4), range(4, 9), (9,)]:
+            write(store, *rows)
     manifest = work_of(path) / "manifest.jsonl"
     whole = manifest.read_bytes()
     last = whole[:-1].rindex(b"\n") + 1
-    part = (path if path.is_dir() else manifest.parent) / "part-000000000009-000000000010.parquet"
-    saved = part.read_bytes()
+    file = work_of(path) / "answers-000002.parquet"
+    saved = file.read_bytes()
     for length in range(last, len(whole), 5):
         manifest.write_bytes(whole[:length])
-        part.write_bytes(saved)
+        file.write_bytes(saved)
         with start(path) as store:
-            assert store.finished == [RowRange(0, 4), RowRange(4, 9)]
-            assert not part.exists()  # not on record, so not to be trusted
-            write(store, 9, 10)
+            assert np.flatnonzero(~store.finished).tolist() == [9]
+            assert not file.exists()  # not on record, so not to be trusted
+            write(store, 9)
     with start(path) as store:
-        store.finish({})
+        finish(store)
     assert read(path).equals(TABLE)
 
 
-def test_rows_recorded_twice_are_damage(tmp_path):
-    path = tmp_path / "out"
+def test_rows_recorded_twice_are_damage(path):
     with start(path) as store:
         write(store, 0, 4)
-        store._windows.clear()
-        write(store, 2, 6)
+        store.finished[:] = False
+        write(store, 2, 4)
     assert "has rows twice" in refused(path)

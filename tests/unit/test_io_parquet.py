@@ -1,8 +1,9 @@
-"""Windows of Parquet: the right rows, the right schema, each row group decoded once."""
+"""Reading Parquet: the right rows, the right schema, each row group decoded once."""
 
 import decimal
 import random
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
@@ -12,7 +13,6 @@ from hypothesis import strategies as st
 
 from batchllm.errors import InputError
 from batchllm.io.parquet import ParquetInput
-from batchllm.io.ranges import RowRange, pending
 
 
 def write(path, table, **options):
@@ -21,12 +21,19 @@ def write(path, table, **options):
     return path
 
 
-def read(source, window_rows=7):
+def read(source, **options):
     opened = ParquetInput(source)
-    windows = list(opened.windows(pending(opened.num_rows, [], window_rows)))
-    assert all(window.table.schema.equals(opened.schema, True) for window in windows)
-    assert all(window.table.num_rows == window.rows.num_rows for window in windows)
-    return pa.concat_tables([w.table for w in windows] or [opened.schema.empty_table()])
+    pieces = list(opened.read(**options))
+    assert all(piece.table.schema.equals(opened.schema, True) for piece in pieces)
+    numbers = [number for piece in pieces for number in piece.index.tolist()]
+    assert numbers == list(range(opened.num_rows))
+    return pa.concat_tables([p.table for p in pieces] or [opened.schema.empty_table()])
+
+
+def marked(num_rows, *rows):
+    mask = np.zeros(num_rows, dtype=np.bool_)
+    mask[list(rows)] = True
+    return mask
 
 
 @pytest.fixture(scope="module")
@@ -42,20 +49,28 @@ def shards(tmp_path_factory):
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
-@given(data=st.data())
-def test_any_ascending_ranges_give_just_their_rows(shards, data):
-    cuts = sorted(data.draw(st.lists(st.integers(0, 24), min_size=2, max_size=12)))
-    ranges = [RowRange(a, b) for a, b in zip(cuts[::2], cuts[1::2], strict=False)]
-    windows = list(shards.windows(iter(ranges)))
-    assert [w.rows for w in windows] == ranges
-    for window in windows:
-        assert window.table["i"].to_pylist() == list(range(window.rows.start, window.rows.end))
+@given(wanted=st.lists(st.booleans(), max_size=24))
+def test_just_the_wanted_rows_come(shards, wanted):
+    pieces = list(shards.read(np.array(wanted, dtype=np.bool_)))
+    assert all(piece.table.num_rows for piece in pieces)
+    expected = [row for row, is_wanted in enumerate(wanted) if is_wanted]
+    assert [row for piece in pieces for row in piece.index.tolist()] == expected
+    assert [row for piece in pieces for row in piece.table["i"].to_pylist()] == expected
 
 
-@pytest.mark.parametrize("ranges", [[(3, 5), (4, 6)], [(8, 9), (1, 2)], [(20, 25)]])
-def test_ranges_that_go_back_or_too_far_are_refused(shards, ranges):
-    with pytest.raises(ValueError, match="out of order"):
-        list(shards.windows(RowRange(*r) for r in ranges))
+def test_columns_are_chosen_wherever_they_come_from(tmp_path):
+    write(tmp_path / "k=1/a.parquet", pa.table({"a.b": [1, 2], "c": [{"d": 5}, {"d": 6}]}))
+    write(tmp_path / "k=2/b.parquet", pa.table({"c": [{"d": 7}]}))
+    opened = ParquetInput(tmp_path)
+    wanted = marked(3, 0, 2)
+    for columns, values in {
+        ("k",): [[1], [2]],
+        ("c", "a.b"): [[{"d": 5}, 1], [{"d": 7}, None]],
+        ("a.b", "k"): [[1, 1], [None, 2]],
+    }.items():
+        table = pa.concat_tables(rows.table for rows in opened.read(wanted, columns))
+        assert table.column_names == list(columns)
+        assert [list(row.values()) for row in table.to_pylist()] == values
 
 
 def test_sizes_and_files(shards):
@@ -67,7 +82,7 @@ def test_sizes_and_files(shards):
 def test_no_rows_is_fine(tmp_path):
     path = write(tmp_path / "a.parquet", pa.table({"x": pa.array([], pa.string())}))
     opened = ParquetInput(path)
-    assert (opened.num_rows, list(opened.windows([]))) == (0, [])
+    assert (opened.num_rows, list(opened.read())) == (0, [])
     assert opened.schema.names == ["x"]
 
 
@@ -139,7 +154,7 @@ def test_hive_columns_are_what_pyarrow_infers(tmp_path, values):
         table = pa.table({"i": [number] * 3})
         write(tmp_path / f"part={value}" / "kind=z" / f"{number}.parquet", table)
     theirs = ds.dataset(tmp_path, format="parquet", partitioning="hive")
-    ours = read(tmp_path, window_rows=2)
+    ours = read(tmp_path)
     assert ours.schema == theirs.schema
     rows = ours.sort_by("i").to_pylist()
     assert rows == theirs.to_table().sort_by("i").to_pylist()
@@ -165,7 +180,7 @@ def test_files_are_cast_to_one_schema(tmp_path):
     write(
         tmp_path / "3.parquet", pa.table({"new": [True], "t": pa.array(["z"], pa.large_string())})
     )
-    table = read(tmp_path, window_rows=2)
+    table = read(tmp_path)
     assert table.schema.names == ["n", "t", "null", "new"]
     assert table.schema.field("n").type == pa.int64()
     assert table.schema.field("t").type == pa.large_string()
@@ -229,22 +244,22 @@ def test_a_huge_row_group_is_decoded_once_and_never_held(tmp_path, decoded_rows)
     table = pa.table({"t": [rng.randbytes(500).hex() for _ in range(30_000)]})
     path = write(tmp_path / "a.parquet", table, compression="none", row_group_size=30_000)
     total = table.nbytes
-    expected = iter(table["t"].to_pylist())
+    expected = table["t"].to_pylist()
     del table
     opened = ParquetInput(path)
     before, peak = pa.total_allocated_bytes(), 0
-    for window in opened.windows(pending(opened.num_rows, [], 500)):
+    for rows in opened.read():
         peak = max(peak, pa.total_allocated_bytes() - before)
-        assert window.table["t"].to_pylist() == [next(expected) for _ in range(500)]
+        assert rows.table["t"].to_pylist() == expected[rows.index[0] : rows.index[-1] + 1]
     assert decoded_rows == {"rows": 30_000, "groups": 1}
     assert peak < total / 3
 
 
-def test_row_groups_between_ranges_are_not_read(tmp_path, decoded_rows):
+def test_row_groups_without_a_wanted_row_are_not_read(tmp_path, decoded_rows):
     path = write(tmp_path / "a.parquet", pa.table({"i": range(100)}), row_group_size=10)
     opened = ParquetInput(path)
-    windows = list(opened.windows([RowRange(5, 8), RowRange(8, 12), RowRange(77, 79)]))
-    assert [w.table["i"].to_pylist()[0] for w in windows] == [5, 8, 77]
+    pieces = list(opened.read(marked(100, 5, 8, 11, 77, 78)))
+    assert [p.table["i"].to_pylist() for p in pieces] == [[5, 8], [11], [77, 78]]
     assert decoded_rows == {"rows": 30, "groups": 3}
 
 
@@ -252,9 +267,9 @@ def test_wide_rows_come_in_small_batches(tmp_path, monkeypatch):
     sizes = []
     original = pq.ParquetFile.iter_batches
 
-    def recording(self, batch_size, groups):
+    def recording(self, batch_size, groups, columns):
         sizes.append(batch_size)
-        return original(self, batch_size, groups)
+        return original(self, batch_size, groups, columns)
 
     monkeypatch.setattr(pq.ParquetFile, "iter_batches", recording)
     wide = pa.table({"t": [random.Random(i).randbytes(1_000_000) for i in range(12)]})
@@ -265,11 +280,11 @@ def test_wide_rows_come_in_small_batches(tmp_path, monkeypatch):
 
 def test_files_are_closed_when_a_reader_stops_early(tmp_path):
     path = write(tmp_path / "a.parquet", pa.table({"i": range(100)}), row_group_size=10)
-    windows = ParquetInput(path).windows(pending(100, [], 10))
-    next(windows)
-    reader = windows.gi_frame.f_locals["reader"]
-    windows.close()
-    assert reader._file._source.closed
+    pieces = ParquetInput(path).read()
+    next(pieces)
+    reader = pieces.gi_frame.f_locals["reader"]
+    pieces.close()
+    assert reader._source.closed
 
 
 def test_the_content_hash_follows_names_and_bytes_only(tmp_path):
