@@ -14,6 +14,8 @@ from tokenizers import processors
 
 from batchllm.errors import ModelError
 from batchllm.request import RaggedTokens, TokenIds
+from batchllm.text.cuts import Cuts
+from batchllm.text.segments import segment
 
 # Texts go to the tokenizer in batches of this many or this long: enough to keep every core busy,
 # few enough that its per-token records (about 100 bytes each) stay small.
@@ -95,8 +97,14 @@ class Tokenizer:
         rest = [self.chat_template, self.bos_token, self.eos_token, self.eos_token_ids]
         return hashlib.sha256(f"{self._backend.to_str()}{json.dumps(rest)}".encode()).hexdigest()
 
+    @cached_property
+    def _cuts(self) -> Cuts | None:
+        return Cuts.of(self._backend)
+
     def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool) -> RaggedTokens:
-        """Tokenize many texts, in parallel.
+        """Tokenize many texts, in parallel, what they start with in common once.
+
+        The tokens are `encode_batch_whole`'s.
 
         Args:
             texts: any number of strings.
@@ -106,6 +114,14 @@ class Tokenizer:
         Raises:
             UnicodeEncodeError: a text has a lone surrogate, which no encoding has bytes for.
         """
+        shared = None if self._cuts is None else segment(texts, self._cuts)
+        if shared is None:
+            return self.encode_batch_whole(texts, add_special_tokens=add_special_tokens)
+        tokens = self.encode_batch_whole(shared.segments, add_special_tokens=False)
+        return shared.join(tokens, self._cuts if add_special_tokens else None)
+
+    def encode_batch_whole(self, texts: Sequence[str], *, add_special_tokens: bool) -> RaggedTokens:
+        """Tokenize each text from its beginning to its end: the reference for `encode_batch`."""
         values: list[TokenIds] = []
         lengths: list[TokenIds] = []
         for batch in _batches(texts):
