@@ -171,8 +171,7 @@ class LLM:
         Raises:
             UsageError: the spec wants a chat template and the model has none.
         """
-        vocab_size = self.checkpoint.config.vocab_size
-        return PromptBuilder(spec, self.tokenizer, self.max_model_len, vocab_size=vocab_size)
+        return prompt_builder(self.checkpoint, self.config, spec)
 
     def answer(
         self,
@@ -353,6 +352,21 @@ def choose_max_model_len(checkpoint: Checkpoint, config: EngineConfig) -> int:
             f"max_model_len is {config.max_model_len:,}; the model was made for {longest:,}"
         )
     return config.max_model_len or longest
+
+
+def prompt_builder(checkpoint: Checkpoint, config: EngineConfig, spec: PromptSpec) -> PromptBuilder:
+    """What makes a model's prompts; needs no weights.
+
+    Raises:
+        UsageError: the spec wants a chat template and the model has none, or `max_model_len` is
+            more than the model was made for.
+    """
+    return PromptBuilder(
+        spec,
+        checkpoint.tokenizer(),
+        choose_max_model_len(checkpoint, config),
+        vocab_size=checkpoint.config.vocab_size,
+    )
 
 
 def _failed(row: int, error: RowError) -> RequestOutput:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from batchllm import __version__
-from batchllm.api import LLM, choose_max_model_len
+from batchllm.api import LLM, choose_max_model_len, prompt_builder
 from batchllm.config import EngineConfig
 from batchllm.errors import OutputError, UsageError
 from batchllm.io.answers import AnswerColumns
@@ -21,6 +21,7 @@ from batchllm.metrics import Metrics
 from batchllm.models.checkpoint import Checkpoint, open_checkpoint
 from batchllm.models.locate import resolve
 from batchllm.progress import Progress
+from batchllm.prompt_worker import PromptWorker, prompts_ahead
 from batchllm.request import SamplingParams
 from batchllm.runner.dtype import choose_dtype
 from batchllm.text.prompts import PromptBuilder, PromptSpec
@@ -84,9 +85,7 @@ def run_job(config: JobConfig) -> JobResult:
     config.prompt.check(source.schema)
     columns = AnswerColumns.choose(source.schema, config.output_column)
     checkpoint = open_checkpoint(resolve(config.model, notify=notify))
-    PromptBuilder(
-        config.prompt, checkpoint.tokenizer(), choose_max_model_len(checkpoint, config.engine)
-    )
+    builder = prompt_builder(checkpoint, config.engine, config.prompt)
     num_rows = min(source.num_rows, config.limit or source.num_rows)
     identity = job_identity(config, source, checkpoint, num_rows)
     with OutputStore.open(
@@ -94,7 +93,7 @@ def run_job(config: JobConfig) -> JobResult:
     ) as store:
         complete = store.is_complete
         if not complete:
-            _answer(config, source, checkpoint, columns, store, num_rows, started)
+            _answer(config, source, checkpoint, builder, columns, store, started)
         assert store.summary is not None
         summary = store.summary
     if config.summary is not None:
@@ -126,25 +125,23 @@ def _answer(
     config: JobConfig,
     source: ParquetInput,
     checkpoint: Checkpoint,
+    builder: PromptBuilder,
     columns: AnswerColumns,
     store: OutputStore,
-    num_rows: int,
     started: float,
 ) -> None:
-    done_rows = int(store.finished.sum())
+    num_rows, done_rows = len(store.finished), int(store.finished.sum())
     progress = Progress(num_rows, done_rows=done_rows, quiet=config.quiet)
     if done_rows:
         progress.note(f"going on after {done_rows:,} rows that are done already")
     load_seconds, num_kv_blocks = 0.0, 0
     policy = config.engine.policy
     if done_rows < num_rows:
-        llm = LLM(checkpoint, config.engine)
-        load_seconds, num_kv_blocks = llm.load_seconds, llm.num_kv_blocks
-        progress.note(_describe(config, llm, num_rows))
         try:
-            _answer_windows(config, source, columns, store, llm, progress)
+            llm = _answer_windows(config, source, checkpoint, builder, columns, store, progress)
         finally:
             progress.close()
+        load_seconds, num_kv_blocks = llm.load_seconds, llm.num_kv_blocks
         if llm.chosen_policies:
             policy = f"{policy} ({', '.join(sorted(llm.chosen_policies))})"
     total = Metrics.total(store.counters)
@@ -173,32 +170,32 @@ def _answer(
 def _answer_windows(
     config: JobConfig,
     source: ParquetInput,
+    checkpoint: Checkpoint,
+    builder: PromptBuilder,
     columns: AnswerColumns,
     store: OutputStore,
-    llm: LLM,
     progress: Progress,
-) -> None:
-    builder = llm.prompt_builder(config.prompt)
-    if (num_left := int((~store.finished).sum())) > config.window_rows:
+) -> LLM:
+    num_left = int((~store.finished).sum())
+    if num_left > config.window_rows:
         progress.note(f"sorting {num_left:,} rows into windows by their prompts")
     windows = Windows(
-        source,
-        builder,
-        ~store.finished,
-        window_rows=config.window_rows,
-        scratch=store.scratch,
+        source, builder, ~store.finished, window_rows=config.window_rows, scratch=store.scratch
     )
-    with closing(windows):
-        for window in windows:
-            started = time.perf_counter()
-            batch = builder.build(window.rows.table)
+    with closing(windows), PromptWorker(builder) as worker:
+        prompted = prompts_ahead(windows, worker)
+        llm = LLM(checkpoint, config.engine)
+        progress.note(_describe(config, llm, len(store.finished)))
+        for one in prompted:
+            rows = one.window.rows.index
             llm.metrics = Metrics(
-                prompt_seconds=time.perf_counter() - started,
-                window_repeated_tokens=window.repeated_tokens,
+                prompt_seconds=one.waited_seconds,
+                window_repeated_tokens=one.window.repeated_tokens,
             )
-            requests, errors = batch.requests(config.sampling, window.rows.index)
+            requests, errors = one.prompts.requests(config.sampling, rows)
             outputs = llm.answer(requests, errors, progress=progress)
-            store.write_answers(window.rows.index, columns.table(outputs), llm.metrics.as_dict())
+            store.write_answers(rows, columns.table(outputs), llm.metrics.as_dict())
+    return llm
 
 
 def _say(text: str) -> None:

@@ -75,12 +75,17 @@ class PromptBuilder:
         *,
         vocab_size: int | None = None,
     ) -> None:
+        self._made_of = (spec, tokenizer, max_model_len, vocab_size)
         self._spec = spec
         self._tokenizer = tokenizer
         self._max_model_len = max_model_len
         self._vocab_size = vocab_size or tokenizer.vocab_size
         self._chat = _chat_template(spec, tokenizer)
         self._template = None if spec.template is None else RowTemplate(spec.template)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Compiled templates do not pickle: another process compiles its own."""
+        return _rebuild, self._made_of
 
     def build(self, table: pa.Table) -> PromptBatch:
         """Render, wrap and tokenize one window; only the spec's columns are touched."""
@@ -217,6 +222,12 @@ class PromptBuilder:
                 "must hold one more"
             )
             errors.setdefault(row, RowError("prompt_too_long", message))
+
+
+def _rebuild(
+    spec: PromptSpec, tokenizer: Tokenizer, max_model_len: int, vocab_size: int | None
+) -> PromptBuilder:
+    return PromptBuilder(spec, tokenizer, max_model_len, vocab_size=vocab_size)
 
 
 class _RowProblemError(Exception):

@@ -100,6 +100,17 @@ def test_any_window_size_gives_the_same(source, tmp_path, tiny_model, expected, 
     assert answers(output) == expected
 
 
+def test_prompts_that_another_process_makes_are_the_same(
+    source, tmp_path, tiny_model, expected, monkeypatch
+):
+    monkeypatch.setattr("batchllm.prompt_worker._WORTH_ROWS", 0)
+    output = tmp_path / "o.parquet"
+    assert run(source, output, tiny_model, "--window-rows", 20).exit_code == 0
+    assert answers(output) == expected
+    shown = invoke("inspect", output).stdout
+    assert "windows         3, losing " in shown
+
+
 @pytest.mark.parametrize(
     "extra",
     [

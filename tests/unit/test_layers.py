@@ -51,6 +51,8 @@ NO_TORCH = (
     "batchllm.runner.dtype",
     "batchllm.io.output",
     "batchllm.text.prompts",
+    "batchllm.prompt_worker",
+    "batchllm.windows",
     "batchllm.models.checkpoint",
     "batchllm.models.locate",
     "batchllm.report.plan",

@@ -1,0 +1,93 @@
+"""The worker: the same prompts as made here, a window ahead, whatever becomes of the process."""
+
+import os
+import signal
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from builders import tiny_tokenizer
+
+from batchllm.io.rows import Rows
+from batchllm.prompt_worker import PromptWorker, prompts_ahead
+from batchllm.text.prompts import PromptBuilder, PromptSpec
+from batchllm.windows import Window
+
+
+@pytest.fixture(autouse=True)
+def always_a_process(monkeypatch):
+    monkeypatch.setattr("batchllm.prompt_worker._WORTH_ROWS", 0)
+
+
+@pytest.fixture
+def builder():
+    return PromptBuilder(PromptSpec(template="{{ t }} {{ n }}"), tiny_tokenizer(), 60)
+
+
+def tables(count):
+    texts = ["the hell", None, "x" * 100, "a\nb", ""]
+    return [pa.table({"t": texts, "n": range(i, i + 5)}) for i in range(count)]
+
+
+def same(found, expected):
+    assert np.array_equal(found.tokens.values, expected.tokens.values)
+    assert np.array_equal(found.tokens.offsets, expected.tokens.offsets)
+    assert found.errors == expected.errors and expected.errors
+
+
+def test_the_process_makes_the_same_prompts(builder):
+    with PromptWorker(builder) as worker:
+        for table in tables(3):
+            worker.begin(table)
+            same(worker.finish(), builder.build(table))
+        process = worker._process
+        assert process.poll() is None
+    assert process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("after", [0, 1])
+def test_a_process_that_dies_costs_nothing(builder, after):
+    with PromptWorker(builder) as worker:
+        for number, table in enumerate(tables(3)):
+            worker.begin(table)
+            if number == after:
+                os.kill(worker._process.pid, signal.SIGKILL)
+                worker._process.wait()
+            same(worker.finish(), builder.build(table))
+
+
+def test_a_process_that_cannot_be_started_is_done_without(builder, monkeypatch):
+    monkeypatch.setattr("sys.executable", "/nowhere/python")
+    with PromptWorker(builder) as worker:
+        (table,) = tables(1)
+        worker.begin(table)
+        same(worker.finish(), builder.build(table))
+
+
+def test_a_small_table_starts_no_process(builder, monkeypatch):
+    monkeypatch.setattr("batchllm.prompt_worker._WORTH_ROWS", 6)
+    with PromptWorker(builder) as worker:
+        (table,) = tables(1)
+        worker.begin(table)
+        assert worker._process is None
+        same(worker.finish(), builder.build(table))
+
+
+def test_the_next_window_is_begun_before_the_last_is_handed_out(builder):
+    begun = []
+
+    class Watched(PromptWorker):
+        def begin(self, table):
+            begun.append(table)
+            super().begin(table)
+
+    each = tables(3)
+    windows = [Window(Rows(np.arange(5), table), 0) for table in each]
+    with Watched(builder) as worker:
+        ahead = prompts_ahead(windows, worker)
+        assert len(begun) == 1
+        for number, one in enumerate(ahead):
+            assert len(begun) == min(number + 2, 3)
+            assert one.window is windows[number]
+            same(one.prompts, builder.build(each[number]))
+        assert list(prompts_ahead([], worker)) == []
