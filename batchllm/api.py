@@ -30,6 +30,7 @@ from batchllm.simulate.choose import choose_policy
 from batchllm.simulate.cost import CostModel
 from batchllm.simulate.saved import this_machine
 from batchllm.simulate.shape import shape_of
+from batchllm.text.field_order import ColumnRules, learn_field_order
 from batchllm.text.prompts import PromptBuilder, PromptSpec
 
 Prompt = str | Sequence[int]
@@ -157,11 +158,16 @@ class LLM:
         """Answer the rows of one table, planned together; returns it with answer columns added.
 
         `first_row` is the table's place in the whole input: seeds go by a row's index there.
+        What `spec.reorder_fields` needs is learned from this table.
         """
         spec.check(table.schema)
         columns = AnswerColumns.choose(table.schema, output_column)
         requests, errors = self.requests(
-            table, spec, sampling_params or SamplingParams(), first_row=first_row
+            table,
+            spec,
+            sampling_params or SamplingParams(),
+            first_row=first_row,
+            field_rules=learn_field_order(spec, [table], table.num_rows),
         )
         return columns.append(table, self.answer(requests, errors, progress=progress))
 
@@ -172,14 +178,19 @@ class LLM:
         sampling_params: SamplingParams,
         *,
         first_row: int = 0,
+        field_rules: ColumnRules | None = None,
     ) -> tuple[list[Request], dict[int, RowError]]:
-        """Make a table's requests: those that can run, and by row index the errors of the rest."""
+        """Make a table's requests: those that can run, and by row index the errors of the rest.
+
+        `field_rules` is what was learned for `spec.reorder_fields`, from the whole of the input.
+        """
         started = time.perf_counter()
         builder = PromptBuilder(
             spec,
             self.tokenizer,
             self.max_model_len,
             vocab_size=self.checkpoint.config.vocab_size,
+            field_rules=field_rules,
         )
         batch = builder.build(table)
         by_length: dict[int, SamplingParams] = {0: sampling_params}

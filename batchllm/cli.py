@@ -4,7 +4,6 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -35,6 +34,7 @@ from batchllm.cli_options import (
     Policy,
     PromptColumn,
     Quiet,
+    ReorderFields,
     Seed,
     Sharing,
     Simulate,
@@ -46,6 +46,7 @@ from batchllm.cli_options import (
     TopK,
     TopP,
     WindowRows,
+    template_text,
 )
 from batchllm.errors import BatchLLMError, UsageError
 
@@ -72,6 +73,7 @@ def run(
     messages_column: MessagesColumn = None,
     token_ids_column: TokenIdsColumn = None,
     template: Template = None,
+    reorder_fields: ReorderFields = False,
     system: System = None,
     chat: Chat = None,
     output_column: OutputColumn = "answer",
@@ -118,10 +120,11 @@ def run(
                     prompt_column=prompt_column,
                     messages_column=messages_column,
                     token_ids_column=token_ids_column,
-                    template=_template(template),
+                    template=template_text(template),
                     system=system,
                     chat=chat,
                     max_tokens_column=max_tokens_column,
+                    reorder_fields=reorder_fields,
                 ),
                 sampling=SamplingParams(
                     max_tokens=max_tokens,
@@ -168,6 +171,7 @@ def plan(
     messages_column: MessagesColumn = None,
     token_ids_column: TokenIdsColumn = None,
     template: Template = None,
+    reorder_fields: ReorderFields = False,
     system: System = None,
     chat: Chat = None,
     max_tokens_column: MaxTokensColumn = None,
@@ -197,31 +201,34 @@ def plan(
         from batchllm.simulate.machine import get_machine
         from batchllm.simulate.saved import this_machine
         from batchllm.simulate.shape import get_shape, shape_of
+        from batchllm.text.field_order import learn_field_order
         from batchllm.text.prompts import PromptBuilder, PromptSpec
-        from batchllm.text.template import RowTemplate
 
         spec = PromptSpec(
             prompt_column=prompt_column,
             messages_column=messages_column,
             token_ids_column=token_ids_column,
-            template=_template(template),
+            template=template_text(template),
             system=system,
             chat=chat,
             max_tokens_column=max_tokens_column,
+            reorder_fields=reorder_fields,
         )
         _at_least_one(window_rows=window_rows, limit=limit, max_tokens=max_tokens)
         source = ParquetInput(input)
         spec.check(source.schema)
         checkpoint = open_checkpoint(resolve(model))
         tokenizer = checkpoint.tokenizer()
+        num_rows = min(source.num_rows, limit or source.num_rows)
+        ranges = pending(num_rows, [], window_rows)
+        tables, sample = ((w.table for w in source.windows(ranges)) for _ in range(2))
         builder = PromptBuilder(
             spec,
             tokenizer,
             checkpoint.config.max_position_embeddings,
             vocab_size=checkpoint.config.vocab_size,
+            field_rules=learn_field_order(spec, sample, num_rows),
         )
-        ranges = pending(min(source.num_rows, limit or source.num_rows), [], window_rows)
-        tables = (window.table for window in source.windows(ranges))
         shape = shape_of(checkpoint.config, "bfloat16")
         if model_shape is not None:
             shape = get_shape(model_shape)
@@ -237,7 +244,7 @@ def plan(
             tokenizer,
             max_tokens=max_tokens,
             kv_tokens=simulation.report.kv_tokens,
-            fields=RowTemplate(spec.template).columns if spec.template else (),
+            spec=spec,
             expect=simulation.expect,
             also=simulation.add if simulate else lambda prompts: None,
         )
@@ -355,17 +362,6 @@ def options(
 def main() -> None:
     """The `batchllm` command."""
     app()
-
-
-def _template(text: str | None) -> str | None:
-    """A template's text; `@FILE` reads it from a file."""
-    if text is None or not text.startswith("@"):
-        return text
-    try:
-        return Path(text[1:]).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise UsageError(f"template {text[1:]}: {reason}") from error
 
 
 def _at_least_one(**values: int | None) -> None:

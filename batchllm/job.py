@@ -23,6 +23,7 @@ from batchllm.models.locate import resolve
 from batchllm.progress import Progress
 from batchllm.request import SamplingParams
 from batchllm.runner.dtype import choose_dtype
+from batchllm.text.field_order import ColumnRules, learn_field_order
 from batchllm.text.prompts import PromptBuilder, PromptSpec
 
 DEFAULT_WINDOW_ROWS = 65_536
@@ -138,6 +139,7 @@ def _answer(
     load_seconds, num_kv_blocks = 0.0, 0
     policy = config.engine.policy
     if ranges:
+        field_rules = _learn_field_order(config, source, num_rows)
         llm = LLM(checkpoint, config.engine)
         load_seconds, num_kv_blocks = llm.load_seconds, llm.num_kv_blocks
         progress.note(_describe(config, llm, num_rows))
@@ -145,7 +147,11 @@ def _answer(
             for window in source.windows(ranges):
                 llm.metrics = Metrics()
                 requests, errors = llm.requests(
-                    window.table, config.prompt, config.sampling, first_row=window.rows.start
+                    window.table,
+                    config.prompt,
+                    config.sampling,
+                    first_row=window.rows.start,
+                    field_rules=field_rules,
                 )
                 outputs = llm.answer(requests, errors, progress=progress)
                 table = columns.append(window.table, outputs)
@@ -173,6 +179,14 @@ def _answer(
             "wall_seconds": round(time.perf_counter() - started, 6),
         }
     )
+
+
+def _learn_field_order(
+    config: JobConfig, source: ParquetInput, num_rows: int
+) -> ColumnRules | None:
+    """From all of the job's rows, however many are done, so that a resumed job learns the same."""
+    windows = source.windows(pending(num_rows, [], DEFAULT_WINDOW_ROWS))
+    return learn_field_order(config.prompt, (window.table for window in windows), num_rows)
 
 
 def _say(text: str) -> None:

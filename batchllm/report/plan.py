@@ -1,6 +1,6 @@
 """What sharing a table has, found without loading a model's weights."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -10,12 +10,12 @@ import pyarrow as pa
 from batchllm.prefix.plan import PrefixGroup, biggest_groups
 from batchllm.prefix.tree import Ints, build_tree
 from batchllm.progress import duration
-from batchllm.report.advice import advise_field_order
+from batchllm.report.advice import advise
 from batchllm.report.bars import by_powers
 from batchllm.report.lru import LRUReplay
 from batchllm.report.prompts import Prompts
 from batchllm.request import RaggedTokens
-from batchllm.text.prompts import PromptBuilder
+from batchllm.text.prompts import PromptBuilder, PromptSpec
 from batchllm.text.tokenizer import Tokenizer
 
 _TEXT_TOKENS = 60
@@ -161,7 +161,7 @@ def report_plan(
     *,
     max_tokens: int = 256,
     kv_tokens: int | None = None,
-    fields: Sequence[str] = (),
+    spec: PromptSpec | None = None,
     expect: Callable[[Prompts], float] | None = None,
     also: Callable[[Prompts], None] = lambda prompts: None,
 ) -> PlanReport:
@@ -173,7 +173,7 @@ def report_plan(
         tokenizer: shows shared prefixes as text.
         max_tokens: how long an answer is where no column says.
         kv_tokens: the size of an LRU cache to compare with.
-        fields: a template's columns, in its order, for advice on that; judged by the first window.
+        spec: what prompts are made of, for advice on that; judged by the first window.
         expect: how many seconds a window's prompts take.
         also: sees each window's prompts.
     """
@@ -182,8 +182,8 @@ def report_plan(
 
     def advised() -> Iterator[pa.Table]:
         for table in tables:
-            if not report.windows:
-                report.advice = advise_field_order(table, fields)
+            if not report.windows and spec is not None:
+                report.advice = advise(table, spec)
             yield table
 
     for prompts in read_prompts(advised(), builder, max_tokens, report):

@@ -15,6 +15,7 @@ from batchllm.errors import UsageError
 from batchllm.request import RaggedTokens, RowError
 from batchllm.text import columns, ragged
 from batchllm.text.chat import ChatTemplate
+from batchllm.text.field_order import ColumnRules
 from batchllm.text.messages import parse_messages
 from batchllm.text.prompt_spec import PromptSpec
 from batchllm.text.template import RowTemplate
@@ -44,6 +45,7 @@ class PromptBuilder:
         tokenizer: the model's.
         max_model_len: prompt and answer together; a prompt must leave room for one token.
         vocab_size: the model's number of embeddings, where it differs from the tokenizer's.
+        field_rules: what was learned for `spec.reorder_fields`; None keeps the template's order.
 
     Raises:
         UsageError: the spec wants a chat template and the model has none, or has a broken one.
@@ -56,6 +58,7 @@ class PromptBuilder:
         max_model_len: int,
         *,
         vocab_size: int | None = None,
+        field_rules: ColumnRules | None = None,
     ) -> None:
         self._spec = spec
         self._tokenizer = tokenizer
@@ -63,6 +66,7 @@ class PromptBuilder:
         self._vocab_size = vocab_size or tokenizer.vocab_size
         self._chat = _chat_template(spec, tokenizer)
         self._template = None if spec.template is None else RowTemplate(spec.template)
+        self._field_rules = field_rules
 
     def build(self, table: pa.Table) -> PromptBatch:
         """Render, wrap and tokenize one window; only the spec's columns are touched."""
@@ -89,10 +93,7 @@ class PromptBuilder:
             values = columns.python_values(table[spec.messages_column], errors)
             make = self._from_messages
         elif self._template is not None:
-            needed = table.select(self._template.columns)
-            by_column = [columns.python_values(c, errors) for c in needed.columns]
-            rows = zip(*by_column, strict=True) if by_column else [()] * len(table)
-            values = [dict(zip(self._template.columns, row, strict=True)) for row in rows]
+            values = self._rows(table, self._template.columns_of(table.column_names), errors)
             make = self._from_row
         else:
             assert spec.prompt_column is not None
@@ -107,6 +108,21 @@ class PromptBuilder:
                     errors[row] = problem.error
         return texts
 
+    def _rows(
+        self, table: pa.Table, names: Sequence[str], errors: dict[int, RowError]
+    ) -> list[dict[str, Any]]:
+        """The rows as dicts of these columns, in each row's own order where there are rules."""
+        by_column = [columns.python_values(table[name], errors) for name in names]
+        cells = zip(*by_column, strict=True) if by_column else [()] * len(table)
+        rows = [dict(zip(names, values, strict=True)) for values in cells]
+        if self._field_rules is None:
+            return rows
+        orders = self._field_rules.orders(table)
+        return [
+            {name: row[name] for name in (*order, *row)}
+            for order, row in zip(orders, rows, strict=True)
+        ]
+
     def _from_text(self, text: str | None) -> str:
         if text is None:
             raise _RowProblemError("null_prompt", "the prompt is null")
@@ -117,7 +133,7 @@ class PromptBuilder:
     def _from_row(self, row: Mapping[str, Any]) -> str:
         assert self._template is not None
         try:
-            text = self._template.render(row)
+            text = self._template.render(row, own_order=self._field_rules is not None)
         except ValueError as error:
             raise _RowProblemError("template_error", str(error)) from None
         return self._from_text(text)
