@@ -63,20 +63,25 @@ def learn_column_rules(
 
 
 def learn_field_order(
-    spec: PromptSpec, tables: Iterable[pa.Table], num_rows: int
+    spec: PromptSpec,
+    tables: Iterable[pa.Table],
+    num_rows: int,
+    *,
+    learning_rows: int = LEARNING_ROWS,
 ) -> ColumnRules | None:
     """Learn what `spec.reorder_fields` needs; None where it is off, and nothing is read.
 
     Args:
         spec: whose template prints the objects.
         tables: consecutive pieces of the table, from its first row on.
-        num_rows: of all pieces; rows beyond are left out.
+        num_rows: of all pieces.
+        learning_rows: how many rows to learn from, at most.
     """
     if not spec.reorder_fields:
         return None
     assert spec.template is not None
     template = RowTemplate(spec.template)
-    wanted = spread(num_rows)
+    wanted = spread(num_rows, learning_rows)
     pieces: list[pa.Table] = []
     start = 0
     for table in tables:
@@ -92,7 +97,7 @@ def learn_field_order(
     return learn_column_rules(sample, sample.column_names, num_rows)
 
 
-def spread(num_rows: int, most: int = LEARNING_ROWS) -> Ints:
+def spread(num_rows: int, most: int) -> Ints:
     """Row numbers evenly spread over a table: all of them, or `most`."""
     count = min(num_rows, most)
     return np.arange(count, dtype=np.int64) * num_rows // max(count, 1)

@@ -45,12 +45,14 @@ class RowTemplate:
                 f"the template is not valid Jinja: {error.message} (line {error.lineno})"
             ) from None
         self._objects = _objects(tree)
-        keys = _row_keys(tree, len(self._objects))
-        names = (meta.find_undeclared_variables(tree) - {_ROW}) | keys
-        places = {name: place for place, name in enumerate(_names_in_order(tree))}
-        self.columns = tuple(sorted(names, key=lambda name: (places.get(name, len(places)), name)))
         self.prints_object = bool(self._objects)
-        self.columns_before_object = tuple(_names_before_object(tree))
+        before = _names_before_object(tree)
+        keys = _row_keys(tree, len(self._objects))
+        places = {name: place for place, name in enumerate(_names_in_order(tree))}
+        # Last, as it simplifies the tree: tuples become constants.
+        names = (meta.find_undeclared_variables(tree) - {_ROW}) | keys
+        self.columns = tuple(sorted(names, key=lambda name: (places.get(name, len(places)), name)))
+        self.columns_before_object = tuple(name for name in before if name in names)
 
     def columns_of(self, names: Sequence[str]) -> tuple[str, ...]:
         """The columns that rows must bring, of an input that has these."""
