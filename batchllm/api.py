@@ -30,6 +30,7 @@ from batchllm.simulate.choose import choose_policy
 from batchllm.simulate.cost import CostModel
 from batchllm.simulate.saved import this_machine
 from batchllm.simulate.shape import shape_of
+from batchllm.text.field_order import ColumnRules, learn_field_order
 from batchllm.text.prompts import PromptBatch, PromptBuilder, PromptSpec
 
 Prompt = str | Sequence[int]
@@ -156,22 +157,16 @@ class LLM:
         """Answer the rows of one table, planned together; returns it with answer columns added.
 
         `first_row` is the table's place in the whole input: seeds go by a row's index there.
+        What `spec.reorder_fields` needs is learned from this table.
         """
         spec.check(table.schema)
         columns = AnswerColumns.choose(table.schema, output_column)
+        rules = learn_field_order(spec, [table], table.num_rows)
         rows = first_row + np.arange(table.num_rows)
-        requests, errors = self._build(table, spec).requests(
+        requests, errors = self._build(table, spec, rules).requests(
             sampling_params or SamplingParams(), rows
         )
         return columns.append(table, self.answer(requests, errors, progress=progress))
-
-    def prompt_builder(self, spec: PromptSpec) -> PromptBuilder:
-        """What makes this model's prompts of tables.
-
-        Raises:
-            UsageError: the spec wants a chat template and the model has none.
-        """
-        return prompt_builder(self.checkpoint, self.config, spec)
 
     def answer(
         self,
@@ -199,9 +194,11 @@ class LLM:
         self.metrics.windows += 1
         return sorted(outputs, key=lambda o: o.row_index)
 
-    def _build(self, table: pa.Table, spec: PromptSpec) -> PromptBatch:
+    def _build(
+        self, table: pa.Table, spec: PromptSpec, rules: ColumnRules | None = None
+    ) -> PromptBatch:
         started = time.perf_counter()
-        batch = self.prompt_builder(spec).build(table)
+        batch = prompt_builder(self.checkpoint, self.config, spec, rules).build(table)
         self.metrics.prompt_seconds += time.perf_counter() - started
         return batch
 
@@ -354,8 +351,15 @@ def choose_max_model_len(checkpoint: Checkpoint, config: EngineConfig) -> int:
     return config.max_model_len or longest
 
 
-def prompt_builder(checkpoint: Checkpoint, config: EngineConfig, spec: PromptSpec) -> PromptBuilder:
+def prompt_builder(
+    checkpoint: Checkpoint,
+    config: EngineConfig,
+    spec: PromptSpec,
+    field_rules: ColumnRules | None = None,
+) -> PromptBuilder:
     """What makes a model's prompts; needs no weights.
+
+    `field_rules` is what was learned for `spec.reorder_fields`, from the whole of the input.
 
     Raises:
         UsageError: the spec wants a chat template and the model has none, or `max_model_len` is
@@ -366,6 +370,7 @@ def prompt_builder(checkpoint: Checkpoint, config: EngineConfig, spec: PromptSpe
         checkpoint.tokenizer(),
         choose_max_model_len(checkpoint, config),
         vocab_size=checkpoint.config.vocab_size,
+        field_rules=field_rules,
     )
 
 

@@ -4,7 +4,6 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -35,6 +34,7 @@ from batchllm.cli_options import (
     Policy,
     PromptColumn,
     Quiet,
+    ReorderFields,
     Seed,
     Sharing,
     Simulate,
@@ -46,6 +46,7 @@ from batchllm.cli_options import (
     TopK,
     TopP,
     WindowRows,
+    template_text,
 )
 from batchllm.errors import BatchLLMError, UsageError
 
@@ -72,6 +73,7 @@ def run(
     messages_column: MessagesColumn = None,
     token_ids_column: TokenIdsColumn = None,
     template: Template = None,
+    reorder_fields: ReorderFields = False,
     system: System = None,
     chat: Chat = None,
     output_column: OutputColumn = "answer",
@@ -118,10 +120,11 @@ def run(
                     prompt_column=prompt_column,
                     messages_column=messages_column,
                     token_ids_column=token_ids_column,
-                    template=_template(template),
+                    template=template_text(template),
                     system=system,
                     chat=chat,
                     max_tokens_column=max_tokens_column,
+                    reorder_fields=reorder_fields,
                 ),
                 sampling=SamplingParams(
                     max_tokens=max_tokens,
@@ -168,6 +171,7 @@ def plan(
     messages_column: MessagesColumn = None,
     token_ids_column: TokenIdsColumn = None,
     template: Template = None,
+    reorder_fields: ReorderFields = False,
     system: System = None,
     chat: Chat = None,
     max_tokens_column: MaxTokensColumn = None,
@@ -197,10 +201,11 @@ def plan(
                     prompt_column=prompt_column,
                     messages_column=messages_column,
                     token_ids_column=token_ids_column,
-                    template=_template(template),
+                    template=template_text(template),
                     system=system,
                     chat=chat,
                     max_tokens_column=max_tokens_column,
+                    reorder_fields=reorder_fields,
                 ),
                 model=model,
                 max_tokens=max_tokens,
@@ -319,17 +324,6 @@ def options(
 def main() -> None:
     """The `batchllm` command."""
     app()
-
-
-def _template(text: str | None) -> str | None:
-    """A template's text; `@FILE` reads it from a file."""
-    if text is None or not text.startswith("@"):
-        return text
-    try:
-        return Path(text[1:]).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise UsageError(f"template {text[1:]}: {reason}") from error
 
 
 @contextmanager

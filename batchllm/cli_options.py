@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from batchllm.errors import UsageError
+
 _PROMPT, _SAMPLING, _ENGINE = "Prompt (exactly one source)", "Sampling", "Engine"
 _SIMULATION = "Simulation"
 Input = Annotated[
@@ -29,6 +31,15 @@ Template = Annotated[
     str | None,
     typer.Option(
         help="Jinja template over the columns, like '{{ title }}'; or @FILE.",
+        rich_help_panel=_PROMPT,
+    ),
+]
+ReorderFields = Annotated[
+    bool,
+    typer.Option(
+        "--reorder-fields",
+        help="Put the fields of '{{ row | tojson }}' in the order in which rows share most. "
+        "Answers can change with the order.",
         rich_help_panel=_PROMPT,
     ),
 ]
@@ -126,3 +137,18 @@ MachineKvMemory = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def template_text(template: str | None) -> str | None:
+    """A template's text; `@FILE` reads it from a file.
+
+    Raises:
+        UsageError: the file cannot be read.
+    """
+    if template is None or not template.startswith("@"):
+        return template
+    try:
+        return Path(template[1:]).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise UsageError(f"template {template[1:]}: {reason}") from error

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from batchllm import __version__
 from batchllm.api import LLM, choose_max_model_len, prompt_builder
 from batchllm.config import EngineConfig
@@ -24,6 +26,7 @@ from batchllm.progress import Progress
 from batchllm.prompt_worker import PromptWorker, prompts_ahead
 from batchllm.request import SamplingParams
 from batchllm.runner.dtype import choose_dtype
+from batchllm.text.field_order import learn_field_order
 from batchllm.text.prompts import PromptBuilder, PromptSpec
 from batchllm.windows import Windows
 
@@ -85,7 +88,7 @@ def run_job(config: JobConfig) -> JobResult:
     config.prompt.check(source.schema)
     columns = AnswerColumns.choose(source.schema, config.output_column)
     checkpoint = open_checkpoint(resolve(config.model, notify=notify))
-    builder = prompt_builder(checkpoint, config.engine, config.prompt)
+    prompt_builder(checkpoint, config.engine, config.prompt)  # refuses what it cannot make
     num_rows = min(source.num_rows, config.limit or source.num_rows)
     identity = job_identity(config, source, checkpoint, num_rows)
     with OutputStore.open(
@@ -93,7 +96,7 @@ def run_job(config: JobConfig) -> JobResult:
     ) as store:
         complete = store.is_complete
         if not complete:
-            _answer(config, source, checkpoint, builder, columns, store, started)
+            _answer(config, source, checkpoint, columns, store, started)
         assert store.summary is not None
         summary = store.summary
     if config.summary is not None:
@@ -125,7 +128,6 @@ def _answer(
     config: JobConfig,
     source: ParquetInput,
     checkpoint: Checkpoint,
-    builder: PromptBuilder,
     columns: AnswerColumns,
     store: OutputStore,
     started: float,
@@ -138,7 +140,7 @@ def _answer(
     policy = config.engine.policy
     if done_rows < num_rows:
         try:
-            llm = _answer_windows(config, source, checkpoint, builder, columns, store, progress)
+            llm = _answer_windows(config, source, checkpoint, columns, store, progress)
         finally:
             progress.close()
         load_seconds, num_kv_blocks = llm.load_seconds, llm.num_kv_blocks
@@ -171,11 +173,11 @@ def _answer_windows(
     config: JobConfig,
     source: ParquetInput,
     checkpoint: Checkpoint,
-    builder: PromptBuilder,
     columns: AnswerColumns,
     store: OutputStore,
     progress: Progress,
 ) -> LLM:
+    builder = _learned_builder(config, source, checkpoint, len(store.finished))
     num_left = int((~store.finished).sum())
     if num_left > config.window_rows:
         progress.note(f"sorting {num_left:,} rows into windows by their prompts")
@@ -196,6 +198,16 @@ def _answer_windows(
             outputs = llm.answer(requests, errors, progress=progress)
             store.write_answers(rows, columns.table(outputs), llm.metrics.as_dict())
     return llm
+
+
+def _learned_builder(
+    config: JobConfig, source: ParquetInput, checkpoint: Checkpoint, num_rows: int
+) -> PromptBuilder:
+    """Learns from all of the job's rows, however many are done, so that a resumed job is alike."""
+    plain = prompt_builder(checkpoint, config.engine, config.prompt)
+    everything = source.read(np.ones(num_rows, dtype=np.bool_), plain.columns_of(source.schema))
+    rules = learn_field_order(config.prompt, (rows.table for rows in everything), num_rows)
+    return prompt_builder(checkpoint, config.engine, config.prompt, rules)
 
 
 def _say(text: str) -> None:

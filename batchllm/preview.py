@@ -18,8 +18,8 @@ from batchllm.report.simulation import SimulationReport, TableSimulation
 from batchllm.simulate.machine import get_machine
 from batchllm.simulate.saved import this_machine
 from batchllm.simulate.shape import get_shape, shape_of
+from batchllm.text.field_order import learn_field_order
 from batchllm.text.prompts import PromptBuilder, PromptSpec
-from batchllm.text.template import RowTemplate
 from batchllm.windows import Windows
 
 THIS_MACHINE = "cpu"
@@ -80,11 +80,15 @@ def preview(config: PreviewConfig) -> Preview:
     config.prompt.check(source.schema)
     checkpoint = open_checkpoint(resolve(config.model))
     tokenizer = checkpoint.tokenizer()
+    num_rows = min(source.num_rows, config.limit or source.num_rows)
+    wanted = np.ones(num_rows, dtype=np.bool_)
+    everything = (rows.table for rows in source.read(wanted))
     builder = PromptBuilder(
         config.prompt,
         tokenizer,
         checkpoint.config.max_position_embeddings,
         vocab_size=checkpoint.config.vocab_size,
+        field_rules=learn_field_order(config.prompt, everything, num_rows),
     )
     shape = shape_of(checkpoint.config, "bfloat16")
     if config.model_shape is not None:
@@ -97,7 +101,6 @@ def preview(config: PreviewConfig) -> Preview:
         shape,
         kv_tokens=None if room is None else int(room / shape.kv_bytes_per_token),
     )
-    wanted = np.ones(min(source.num_rows, config.limit or source.num_rows), dtype=np.bool_)
     with (
         TemporaryDirectory(prefix="batchllm-") as scratch,
         closing(
@@ -110,7 +113,7 @@ def preview(config: PreviewConfig) -> Preview:
             tokenizer,
             max_tokens=config.max_tokens,
             kv_tokens=simulation.report.kv_tokens,
-            fields=RowTemplate(config.prompt.template).columns if config.prompt.template else (),
+            spec=config.prompt,
             head=windows.head(HEAD_ROWS) if windows.count > 1 else None,
             expect=simulation.expect,
             also=simulation.add if config.simulate else lambda prompts: None,

@@ -70,8 +70,7 @@ class Windows:
         self._source = source
         self._builder = builder
         self._wanted = wanted
-        # A template may need no column at all, but its rows still have to be counted.
-        self._columns = builder.columns or tuple(source.schema.names[:1])
+        self._columns = builder.columns_of(source.schema)
         self._spool: Spool | None = None
         self._repeated: Ints = np.zeros(1, dtype=np.int64)
         num_rows = int(wanted.sum())

@@ -1,6 +1,6 @@
 """What sharing a table has, found without loading a model's weights."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -10,12 +10,12 @@ import pyarrow as pa
 from batchllm.prefix.plan import PrefixGroup, biggest_groups
 from batchllm.prefix.tree import Ints, build_tree
 from batchllm.progress import duration
-from batchllm.report.advice import advise_field_order
+from batchllm.report.advice import advise
 from batchllm.report.bars import by_powers
 from batchllm.report.lru import LRUReplay
 from batchllm.report.prompts import Prompts
 from batchllm.request import RaggedTokens
-from batchllm.text.prompts import PromptBuilder
+from batchllm.text.prompts import PromptBuilder, PromptSpec
 from batchllm.text.tokenizer import Tokenizer
 
 HEAD_ROWS = 20_000  # that an LRU cache and the fields' order are judged by
@@ -177,7 +177,7 @@ def report_plan(
     *,
     max_tokens: int = 256,
     kv_tokens: int | None = None,
-    fields: Sequence[str] = (),
+    spec: PromptSpec | None = None,
     head: pa.Table | None = None,
     expect: Callable[[Prompts], float] | None = None,
     also: Callable[[Prompts], None] = lambda prompts: None,
@@ -190,7 +190,7 @@ def report_plan(
         tokenizer: shows shared prefixes as text.
         max_tokens: how long an answer is where no column says.
         kv_tokens: the size of an LRU cache to compare with.
-        fields: a template's columns, in its order, for advice on that.
+        spec: what prompts are made of, for advice on that.
         head: the first rows in the table's order, which the cache and the fields' order are judged
             by; None where the first window is that.
         expect: how many seconds a window's prompts take.
@@ -201,8 +201,8 @@ def report_plan(
 
     def advised() -> Iterator[pa.Table]:
         for table in tables:
-            if not report.windows:
-                report.advice = advise_field_order(table if head is None else head, fields)
+            if not report.windows and spec is not None:
+                report.advice = advise(table if head is None else head, spec)
             yield table
 
     if replay is not None and head is not None:

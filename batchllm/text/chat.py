@@ -85,10 +85,16 @@ def to_json(
     indent: int | str | None = None,
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
+    default: Callable[[object], object] | None = None,
 ) -> str:
-    """Plain JSON: Jinja's own filter escapes for HTML."""
+    """Plain JSON: Jinja's own filter escapes for HTML. `default` replaces what JSON lacks."""
     return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+        default=default,
     )
 
 

@@ -23,6 +23,8 @@ class PromptSpec:
     `chat` wraps text as a user's message in the model's chat template; None does so where the model
     has one. `system` is the system message of chats; a row whose messages bring their own keeps it.
     `max_tokens_column` limits each row's answer; a null there means the job's own limit.
+    `reorder_fields` puts the fields of a template's objects (`row | tojson`) in an order of each
+    row's own, so that rows share longer prefixes; it can change answers.
 
     Raises:
         UsageError: a combination that makes no sense, or a template that is not valid.
@@ -35,16 +37,22 @@ class PromptSpec:
     system: str | None = None
     chat: bool | None = None
     max_tokens_column: str | None = None
+    reorder_fields: bool = False
 
     def __post_init__(self) -> None:
         given = [words for field, words in _SOURCES.items() if getattr(self, field) is not None]
         if len(given) != 1:
             problem = f"{' and '.join(given)} exclude each other" if given else "no prompt is given"
             raise UsageError(f"{problem}; give one of: {', '.join(_SOURCES.values())}")
-        if self.template is not None:
-            if not self.template.strip():
-                raise UsageError("the template is empty")
-            RowTemplate(self.template)
+        if self.template is not None and not self.template.strip():
+            raise UsageError("the template is empty")
+        template = None if self.template is None else RowTemplate(self.template)
+        if self.reorder_fields and (template is None or not template.prints_object):
+            raise UsageError(
+                "there are no fields to reorder: the prompt must come from a template that prints "
+                'an object, {{ row | tojson }} or {{ row["a", "b"] | tojson }}; without one, leave '
+                "out reorder_fields"
+            )
         if self.messages_column is not None and self.chat is False:
             raise UsageError(
                 "messages need the chat template, but chat is switched off; leave it on"
@@ -60,11 +68,10 @@ class PromptSpec:
                 + "; leave out one of the two"
             )
 
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """The input columns that prompts are made of, each once."""
+    def columns_of(self, schema: pa.Schema) -> tuple[str, ...]:
+        """The columns, of an input that has this schema, that prompts are made of, each once."""
         if self.template is not None:
-            source: tuple[str | None, ...] = RowTemplate(self.template).columns
+            source: tuple[str | None, ...] = RowTemplate(self.template).columns_of(schema.names)
         else:
             source = (self.prompt_column, self.messages_column, self.token_ids_column)
         needed = (*source, self.max_tokens_column)
@@ -96,7 +103,7 @@ class PromptSpec:
             if name is not None:
                 columns.check_column(schema, name, role=role, accepts=accepts, wants=wants)
         if self.template is not None:
-            for name in RowTemplate(self.template).columns:
+            for name in RowTemplate(self.template).columns_of(schema.names):
                 columns.check_column(
                     schema, name, role="template column", accepts=lambda _: True, wants="anything"
                 )

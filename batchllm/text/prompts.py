@@ -15,6 +15,7 @@ from batchllm.errors import UsageError
 from batchllm.request import RaggedTokens, Request, RowError, SamplingParams
 from batchllm.text import columns, ragged
 from batchllm.text.chat import ChatTemplate
+from batchllm.text.field_order import ColumnRules
 from batchllm.text.messages import parse_messages
 from batchllm.text.prompt_spec import PromptSpec
 from batchllm.text.template import RowTemplate
@@ -62,6 +63,7 @@ class PromptBuilder:
         tokenizer: the model's.
         max_model_len: prompt and answer together; a prompt must leave room for one token.
         vocab_size: the model's number of embeddings, where it differs from the tokenizer's.
+        field_rules: what was learned for `spec.reorder_fields`; None keeps the template's order.
 
     Raises:
         UsageError: the spec wants a chat template and the model has none, or has a broken one.
@@ -74,14 +76,16 @@ class PromptBuilder:
         max_model_len: int,
         *,
         vocab_size: int | None = None,
+        field_rules: ColumnRules | None = None,
     ) -> None:
-        self._made_of = (spec, tokenizer, max_model_len, vocab_size)
+        self._made_of = (spec, tokenizer, max_model_len, vocab_size, field_rules)
         self._spec = spec
         self._tokenizer = tokenizer
         self._max_model_len = max_model_len
         self._vocab_size = vocab_size or tokenizer.vocab_size
         self._chat = _chat_template(spec, tokenizer)
         self._template = None if spec.template is None else RowTemplate(spec.template)
+        self._field_rules = field_rules
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Compiled templates do not pickle: another process compiles its own."""
@@ -104,10 +108,13 @@ class PromptBuilder:
             ragged.without_rows(tokens, list(errors)), dict(sorted(errors.items())), max_tokens
         )
 
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """The input columns that prompts are made of."""
-        return self._spec.columns
+    def columns_of(self, schema: pa.Schema) -> list[str]:
+        """The columns of the input that prompts are made of, in its order; at least one.
+
+        A template may need none, but its rows still have to be counted.
+        """
+        needed = self._spec.columns_of(schema)
+        return [name for name in schema.names if name in needed] or schema.names[:1]
 
     def keys(self, table: pa.Table) -> list[bytes | None]:
         """Bytes quick to make of each row that sort as its prompt does, for choosing windows.
@@ -138,10 +145,7 @@ class PromptBuilder:
             values = columns.python_values(table[spec.messages_column], errors)
             make = self._from_messages
         elif self._template is not None:
-            needed = table.select(self._template.columns)
-            by_column = [columns.python_values(c, errors) for c in needed.columns]
-            rows = zip(*by_column, strict=True) if by_column else [()] * len(table)
-            values = [dict(zip(self._template.columns, row, strict=True)) for row in rows]
+            values = self._rows(table, self._template.columns_of(table.column_names), errors)
             make = self._wrapped_row if wrap else self._from_row
         else:
             assert spec.prompt_column is not None
@@ -155,6 +159,21 @@ class PromptBuilder:
                 except _RowProblemError as problem:
                     errors[row] = problem.error
         return texts
+
+    def _rows(
+        self, table: pa.Table, names: Sequence[str], errors: dict[int, RowError]
+    ) -> list[dict[str, Any]]:
+        """The rows as dicts of these columns, in each row's own order where there are rules."""
+        by_column = [columns.python_values(table[name], errors) for name in names]
+        cells = zip(*by_column, strict=True) if by_column else [()] * len(table)
+        rows = [dict(zip(names, values, strict=True)) for values in cells]
+        if self._field_rules is None:
+            return rows
+        orders = self._field_rules.orders(table)
+        return [
+            {name: row[name] for name in (*order, *row)}
+            for order, row in zip(orders, rows, strict=True)
+        ]
 
     def _from_text(self, text: str | None) -> str:
         if text is None:
@@ -170,7 +189,7 @@ class PromptBuilder:
     def _from_row(self, row: Mapping[str, Any]) -> str:
         assert self._template is not None
         try:
-            return self._template.render(row)
+            return self._template.render(row, own_order=self._field_rules is not None)
         except ValueError as error:
             raise _RowProblemError("template_error", str(error)) from None
 
@@ -225,9 +244,15 @@ class PromptBuilder:
 
 
 def _rebuild(
-    spec: PromptSpec, tokenizer: Tokenizer, max_model_len: int, vocab_size: int | None
+    spec: PromptSpec,
+    tokenizer: Tokenizer,
+    max_model_len: int,
+    vocab_size: int | None,
+    field_rules: ColumnRules | None,
 ) -> PromptBuilder:
-    return PromptBuilder(spec, tokenizer, max_model_len, vocab_size=vocab_size)
+    return PromptBuilder(
+        spec, tokenizer, max_model_len, vocab_size=vocab_size, field_rules=field_rules
+    )
 
 
 class _RowProblemError(Exception):

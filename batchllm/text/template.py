@@ -1,7 +1,9 @@
 """A prompt template over a row's columns: sandboxed Jinja2, in which every name is a column."""
 
+import datetime
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jinja2
@@ -22,7 +24,12 @@ class RowTemplate:
     global functions are absent, so that a column may have any name. A null value is an error where
     it would be printed (`{{ subtitle or "" }}` prints nothing for it), and so is an undefined name.
 
-    `columns` are the columns the template reads, in the order in which it does first.
+    `{{ row | tojson }}` prints all columns as a JSON object, `{{ row["a", "b"] | tojson }}` some in
+    that order. There a null is null, and what JSON lacks (dates, decimals, bytes) is text.
+
+    `columns` are the columns that the template names, in the order in which it does first;
+    `prints_object` says whether it prints JSON objects, whose fields can be reordered;
+    `columns_before_object` are the columns that stand before the first of them.
 
     Raises:
         UsageError: not valid Jinja, or single braces meant as variables.
@@ -37,20 +44,52 @@ class RowTemplate:
             raise UsageError(
                 f"the template is not valid Jinja: {error.message} (line {error.lineno})"
             ) from None
-        names = (meta.find_undeclared_variables(tree) - {_ROW}) | _row_keys(tree)
-        places = _first_places(tree)
+        self._objects = _objects(tree)
+        self.prints_object = bool(self._objects)
+        before = _names_before_object(tree)
+        keys = _row_keys(tree, len(self._objects))
+        places = {name: place for place, name in enumerate(_names_in_order(tree))}
+        # Last, as it simplifies the tree: tuples become constants.
+        names = (meta.find_undeclared_variables(tree) - {_ROW}) | keys
         self.columns = tuple(sorted(names, key=lambda name: (places.get(name, len(places)), name)))
+        self.columns_before_object = tuple(name for name in before if name in names)
 
-    def render(self, row: Mapping[str, Any]) -> str:
+    def columns_of(self, names: Sequence[str]) -> tuple[str, ...]:
+        """The columns that rows must bring, of an input that has these."""
+        every = names if None in self._objects else ()
+        return tuple(dict.fromkeys((*every, *self.columns)))
+
+    def object_columns(self, names: Sequence[str]) -> tuple[str, ...]:
+        """The fields of the objects, each once, as the template orders them."""
+        printed = (names if fields is None else fields for fields in self._objects)
+        return tuple(dict.fromkeys(name for fields in printed for name in fields))
+
+    def render(self, row: Mapping[str, Any], *, own_order: bool = False) -> str:
         """Render one row, given as column name → value.
+
+        With `own_order` the objects have their fields in the order of `row`, not the template's.
 
         Raises:
             ValueError: the template fails on this row; the message says why.
         """
         try:
-            return self._template.render({**row, _ROW: row})
+            return self._template.render({**row, _ROW: _Row(row, own_order)})
         except Exception as error:  # a template can fail in any way that Python can
             raise ValueError(str(error) or type(error).__name__) from None
+
+
+class _Row(dict[Any, Any]):
+    """What templates call `row`: a dict that also gives several of its fields, as a dict."""
+
+    def __init__(self, row: Mapping[str, Any], own_order: bool) -> None:
+        super().__init__(row)
+        self._own_order = own_order
+
+    def __getitem__(self, key: str | tuple[str, ...]) -> Any:  # noqa: ANN401
+        if not isinstance(key, tuple):
+            return super().__getitem__(key)
+        names = [name for name in self if name in key] if self._own_order else key
+        return {name: super(_Row, self).__getitem__(name) for name in names}
 
 
 def _refuse_single_braces(source: str) -> None:
@@ -63,32 +102,70 @@ def _refuse_single_braces(source: str) -> None:
         )
 
 
-def _row_keys(tree: nodes.Template) -> set[str]:
-    """The columns read through `row`; each must be spelled out, so that only they are loaded."""
-    reads = [
-        node.arg.value
-        for node in tree.find_all(nodes.Getitem)
-        if _is_row(node.node) and isinstance(node.arg, nodes.Const)
+def _objects(tree: nodes.Template) -> list[tuple[str, ...] | None]:
+    """The fields of each object that the template prints as JSON; None for all of the row's."""
+    return [
+        None if _is_row(printed.node) else _read_names(printed.node)
+        for printed in tree.find_all(nodes.Filter)
+        if printed.node is not None and _prints_object(printed)
     ]
+
+
+def _prints_object(node: nodes.Node) -> bool:
+    """Whether it is `row | tojson`, or `row["a", "b"] | tojson`."""
+    if not isinstance(node, nodes.Filter) or node.name != "tojson" or node.node is None:
+        return False
+    return _is_row(node.node) or (not _reads_one(node.node) and bool(_read_names(node.node)))
+
+
+def _row_keys(tree: nodes.Template, num_objects: int) -> set[str]:
+    """The columns read through `row`; each must be spelled out, so that only they are loaded."""
+    reads = list(tree.find_all(nodes.Getitem))
     # `row.name` is refused too: Jinja would find a mapping's own `items` before a column's.
-    if sum(map(_is_row, tree.find_all(nodes.Name))) > len(reads):
-        raise UsageError('the template uses `row` without a column: write {{ row["name"] }}')
-    return {str(name) for name in reads}
+    if sum(map(_is_row, tree.find_all(nodes.Name))) > sum(map(_reads_one, reads)) + num_objects:
+        raise UsageError(
+            "the template uses `row` in a way that does not say which columns it needs: write "
+            '{{ row["name"] }} for a column, {{ row["a", "b"] | tojson }} for some as a JSON '
+            "object, or {{ row | tojson }} for all"
+        )
+    return {name for node in reads for name in _read_names(node)}
 
 
-def _first_places(tree: nodes.Template) -> dict[str, int]:
-    """In which order names, and what is read through `row`, come in the template."""
-    places: dict[str, int] = {}
+def _reads_one(node: nodes.Node) -> bool:
+    """Whether it is `row["name"]`."""
+    return (
+        isinstance(node, nodes.Getitem) and _is_row(node.node) and isinstance(node.arg, nodes.Const)
+    )
+
+
+def _read_names(node: nodes.Node) -> tuple[str, ...]:
+    """The names in `row["name"]` or `row["a", "b"]`; none where it is something else."""
+    if not isinstance(node, nodes.Getitem) or not _is_row(node.node):
+        return ()
+    spelled = node.arg.items if isinstance(node.arg, nodes.Tuple) else [node.arg]
+    names = [str(name.value) for name in spelled if isinstance(name, nodes.Const)]
+    return tuple(names) if len(names) == len(spelled) else ()
+
+
+def _names_in_order(tree: nodes.Template) -> list[str]:
+    """The names that the template reads, directly or through `row`, each once."""
+    seen: dict[str, None] = {}
     for node in tree.find_all((nodes.Name, nodes.Getitem)):
-        if isinstance(node, nodes.Name):
-            places.setdefault(node.name, len(places))
-        elif (
-            isinstance(node, nodes.Getitem)
-            and _is_row(node.node)
-            and isinstance(node.arg, nodes.Const)
-        ):
-            places.setdefault(str(node.arg.value), len(places))
-    return places
+        names = (node.name,) if isinstance(node, nodes.Name) else _read_names(node)
+        seen.update(dict.fromkeys(names))
+    return list(seen)
+
+
+def _names_before_object(tree: nodes.Template) -> list[str]:
+    """The names that the template reads before it first prints an object, each once."""
+    seen: dict[str, None] = {}
+    for node in tree.find_all((nodes.Name, nodes.Getitem, nodes.Filter)):
+        if _prints_object(node):
+            break
+        if isinstance(node, nodes.Name) and not _is_row(node):
+            seen[node.name] = None
+        seen.update(dict.fromkeys(_read_names(node)))
+    return list(seen)
 
 
 def _is_row(node: nodes.Node) -> bool:
@@ -101,12 +178,24 @@ def _refuse_null(value: object) -> object:
     return value
 
 
+def json_text(value: object) -> str:
+    """As text, a value that JSON lacks: ISO 8601 for dates, UTF-8 or else hex for bytes."""
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return value.hex()
+    return str(value)
+
+
 def _environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
         undefined=jinja2.StrictUndefined, finalize=_refuse_null
     )
     environment.globals.clear()
-    environment.filters["tojson"] = to_json
+    environment.filters["tojson"] = partial(to_json, default=json_text)
     return environment
 
 

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from batchllm import LLM, SamplingParams
 from batchllm.cli import app
+from batchllm.io.output import OutputStore
 
 ROWS = 50
 
@@ -229,6 +230,7 @@ def test_bad_usage_is_one_line_and_code_2(source, tmp_path, tiny_model):
         (("--prompt-column", "text", "--limit", "0"), "limit"),
         (("--prompt-column", "text", "--template", f"@{tmp_path}/none"), ""),
         (("--prompt-column", "text", "--summary", str(tmp_path / "no" / "s.json")), "summary"),
+        (("--prompt-column", "text", "--reorder-fields"), "no fields to reorder"),
         (("--no-such-option",), "no-such-option"),
     ):
         result = invoke("run", source, output, "--model", tiny_model, *extra)
@@ -280,6 +282,46 @@ def test_plan_counts_what_a_run_computes(source, tmp_path, tiny_model):
     assert report["duplicate_rows"] == facts["duplicate_rows"]
     page = invoke("plan", source, *prompt).stdout
     assert "shared words" in page and f"{report['prompt_tokens']:,}" in page
+
+
+REORDER = ("--template", "{{ row | tojson }}", "--no-chat", "--reorder-fields")
+
+
+def test_reordered_fields_do_not_depend_on_windows_or_interruptions(
+    source, table, tmp_path, tiny_model, monkeypatch
+):
+    summary = tmp_path / "s.json"
+    once = tmp_path / "once.parquet"
+    assert run(source, once, tiny_model, *REORDER, "--summary", summary).exit_code == 0
+    given = tmp_path / "given.parquet"
+    assert run(source, given, tiny_model, *REORDER[:3]).exit_code == 0
+    assert answers(once) != answers(given)  # it is another prompt
+    write = OutputStore.write_answers
+
+    def fail_at_the_third(store, rows, *rest):
+        if len(store.counters) == 2:
+            raise KeyboardInterrupt
+        write(store, rows, *rest)
+
+    output = tmp_path / "o.parquet"
+    monkeypatch.setattr(OutputStore, "write_answers", fail_at_the_third)
+    assert run(source, output, tiny_model, *REORDER, "--window-rows", 7).exit_code == 130
+    monkeypatch.undo()
+    assert run(source, output, tiny_model, *REORDER, "--window-rows", 9).exit_code == 0
+    assert answers(output) == answers(once)
+    refused = run(source, output, tiny_model, *REORDER[:3])
+    assert refused.exit_code == 1
+    assert "prompt.reorder_fields is false, was true" in refused.stderr
+    llm = LLM(tiny_model, kv_memory=16 << 20)
+    params = SamplingParams(max_tokens=6)
+    direct = llm.generate(table, params, template=REORDER[1], chat=False, reorder_fields=True)
+    assert direct["answer"].to_pylist() == answers(once)
+    plan = ("plan", source, "--model", tiny_model, "--json")
+    report = json.loads(invoke(*plan, *REORDER).stdout)
+    assert report["computed_tokens"] == json.loads(summary.read_text())["computed_prompt_tokens"]
+    before = json.loads(invoke(*plan, *REORDER[:3]).stdout)
+    assert report["computed_tokens"] < before["computed_tokens"]
+    assert "--reorder-fields" in before["advice"][0] and report["advice"] == []
 
 
 def test_models_lists_the_default():

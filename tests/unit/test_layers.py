@@ -22,7 +22,7 @@ ALLOWED = {
     "simulate": {"errors", "request", "prefix", "cache", "scheduler", "models", "simulate"},
     "progress": {"prefix", "scheduler"},
     "io": {"errors", "request", "io"},
-    "text": {"errors", "request", "text"},
+    "text": {"errors", "request", "prefix", "text"},
     "models": {"errors", "request", "text", "models"},
     "attention": {"errors", "request", "attention", "runner"},
     "sampling": {"errors", "request", "scheduler", "sampling"},

@@ -111,8 +111,13 @@ def test_a_column_that_occurs_twice_is_refused():
 
 def test_needed_columns():
     spec = PromptSpec(template="{{ b }}{{ a }}{{ row['c d'] }}", max_tokens_column="b")
-    assert spec.columns == ("b", "a", "c d")
-    assert PromptSpec(messages_column="m", max_tokens_column="n").columns == ("m", "n")
+    assert spec.columns_of(SCHEMA) == ("b", "a", "c d")
+    spec = PromptSpec(messages_column="m", max_tokens_column="n")
+    assert spec.columns_of(SCHEMA) == ("m", "n")
+    spec = PromptSpec(template='{{ row["real", "ids"] | tojson }}', max_tokens_column="number")
+    assert spec.columns_of(SCHEMA) == ("real", "ids", "number")
+    spec = PromptSpec(template="{{ row | tojson }}")
+    assert spec.columns_of(SCHEMA) == tuple(SCHEMA.names)
 
 
 @pytest.mark.parametrize(
