@@ -24,6 +24,7 @@ from batchllm.text.prompts import PromptBuilder
 _SAMPLE_ROWS = 16_384  # at least
 _SAMPLE_PER_WINDOW = 64
 _SAMPLE_BYTES = 256 * 1024 * 1024
+_MASK_CHUNK = 1 << 20
 # Of a window's keys: its texts, tokens and tree take a few times that.
 _WINDOW_BYTES = 256 * 1024 * 1024
 
@@ -95,9 +96,8 @@ class Windows:
         return int(self._repeated.sum())
 
     def head(self, num_rows: int) -> pa.Table:
-        """The first rows to answer, at most `num_rows`, in the table's order."""
-        wanted = self._wanted[: int(np.searchsorted(np.cumsum(self._wanted), num_rows)) + 1]
-        return Rows.concat(list(self._source.read(wanted, self._columns))).table
+        """The first `num_rows` rows of the input, but for those not wanted, in its order."""
+        return Rows.concat(list(self._source.read(self._wanted[:num_rows], self._columns))).table
 
     def close(self) -> None:
         """Give up the scratch directory."""
@@ -107,15 +107,13 @@ class Windows:
     def _choose(self, num_rows: int, window_rows: int) -> KeyRanges:
         """Ranges of prompts, as many as windows are needed, from a sample of the rows."""
         size = max(_SAMPLE_ROWS, _SAMPLE_PER_WINDOW * num_rows // window_rows)
-        chosen = np.random.default_rng(0).permutation(num_rows)[:size]
-        sampled = np.zeros_like(self._wanted)
-        sampled[np.flatnonzero(self._wanted)[chosen]] = True
         keys: list[bytes] = []
-        num_bytes, every = 0, 1
-        for rows in self._source.read(sampled, self._columns):
-            more = [key or b"" for key in self._builder.keys(rows.table)[::every]]
-            keys += more
-            num_bytes += sum(map(len, more))
+        num_bytes, seen, every = 0, 0, 1
+        for rows in self._source.read(_sampled(self._wanted, size / num_rows), self._columns):
+            more = [key or b"" for key in self._builder.keys(rows.table)]
+            keys += (kept := more[-seen % every :: every])
+            seen += len(more)
+            num_bytes += sum(map(len, kept))
             while num_bytes > _SAMPLE_BYTES and len(keys) > 1:  # long prompts: fewer will do
                 keys, every = keys[::2], 2 * every
                 num_bytes = sum(map(len, keys))
@@ -132,6 +130,16 @@ class Windows:
             spool.add(rows, windows)
             _widen(edges, keys, windows, rows.table)
         return _repeated_tokens(edges, self._builder)
+
+
+def _sampled(wanted: NDArray[np.bool_], rate: float) -> NDArray[np.bool_]:
+    """About this share of the wanted rows, at random; as little memory as the mask itself."""
+    rng = np.random.default_rng(0)
+    sampled = wanted.copy()
+    for begin in range(0, len(sampled), _MASK_CHUNK):
+        chunk = sampled[begin : begin + _MASK_CHUNK]
+        chunk &= rng.random(len(chunk)) < rate
+    return sampled
 
 
 @dataclass(slots=True)

@@ -110,7 +110,8 @@ def leftovers(root):
 
 @pytest.mark.parametrize("kind", ["killed before", "killed after", "disk error"])
 @pytest.mark.parametrize("name", ["out.parquet", "out"])
-def test_a_job_that_dies_anywhere_goes_on(tmp_path, name, kind, kill):
+def test_a_job_that_dies_anywhere_goes_on(tmp_path, name, kind, kill, monkeypatch):
+    monkeypatch.setattr("batchllm.io.output._PART_ROWS", 2)
     clean = tmp_path / "clean"
     run_job(clean / name)
     num_died = 0

@@ -121,6 +121,26 @@ def test_every_source_of_prompts_can_be_dealt_out(tmp_path, spec):
     assert max(len(window.rows.index) for window in found) <= 15
     assert windows.head(4).num_rows == 4
     assert windows.head(100).num_rows == 30
+    assert windows.head(4).column_names == found[0].rows.table.column_names
+
+
+def test_long_prompts_are_sampled_less_and_make_more_windows(tmp_path, monkeypatch):
+    texts = [f"{i * 7919 % 1000:03d}" + "x" * (20 + 200 * (i % 2)) for i in range(1000)]
+    builder = PromptBuilder(PromptSpec(prompt_column="t", chat=False), tiny_tokenizer(), 500)
+    monkeypatch.setattr("batchllm.windows._SAMPLE_ROWS", 800)
+    monkeypatch.setattr("batchllm.windows._SAMPLE_BYTES", 20_000)
+    monkeypatch.setattr("batchllm.windows._WINDOW_BYTES", 6_000)
+    windows = Windows(
+        InMemory(pa.table({"t": texts}), batch_rows=50),
+        builder,
+        np.ones(1000, dtype=np.bool_),
+        window_rows=500,
+        scratch=tmp_path / "s",
+    )
+    sizes = [sum(map(len, window.rows.table["t"].to_pylist())) for window in windows]
+    assert sum(sizes) == sum(map(len, texts))
+    assert 15 <= len(sizes) <= 30
+    assert max(sizes) < 20_000  # of 122,500; seven prompts of a window were looked at
 
 
 def test_no_rows_have_no_windows(tmp_path):
