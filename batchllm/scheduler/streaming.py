@@ -56,7 +56,7 @@ class StreamingScheduler:
         self._max_model_len = max_model_len
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_num_seqs = max_num_seqs
-        self._eos_token_ids = np.array(sorted(eos_token_ids), dtype=np.int64)
+        self._eos_token_ids = eos_token_ids
         self._waiting: deque[int] = deque()
         self._running = _NONE  # rows, in order of admission
 
@@ -78,6 +78,7 @@ class StreamingScheduler:
         self._num_outputs = np.zeros(count, dtype=np.int64)
         self._num_fresh = np.zeros(count, dtype=np.int64)
         self._high_water = np.zeros(count, dtype=np.int64)
+        self._has_ended = np.zeros(count, dtype=np.bool_)
         self._outputs = OutputTokens(count)
         self._blocks: dict[int, list[int]] = {}  # of running rows
         alone = -(-(self._length + self._max_tokens - 1) // size)
@@ -121,17 +122,22 @@ class StreamingScheduler:
     def update(self, batch: Batch, output: StepOutput) -> list[FinishedSequence]:
         """Append the sampled tokens; returns the rows that are finished by them."""
         rows = batch.samples.sequence
-        position = self._num_outputs[rows] + batch.num_steps - 1
-        self._outputs.put(rows, position, output.token_ids)
-        self._num_outputs[rows] = position + 1
-        stopped = np.isin(output.token_ids, self._eos_token_ids) & ~self._ignore_eos[rows]
-        done = stopped | (position + 1 >= self._max_tokens[rows])
-        for row in rows[done].tolist():
+        num_outputs = batch.samples.output_position + batch.num_steps
+        if len(batch.token_ids):  # nobody will read what is only simulated
+            self._outputs.put(rows, num_outputs - 1, output.token_ids)
+        self._num_outputs[rows] = num_outputs
+        stopped = output.ends(self._eos_token_ids) & ~self._ignore_eos[rows]
+        done = stopped | (num_outputs >= self._max_tokens[rows])
+        ended = rows[done]
+        if len(ended) == 0:
+            return []
+        for row in ended.tolist():
             self._let_go(row)
-        self._running = self._running[np.isin(self._running, rows[done], invert=True)]
+        self._has_ended[ended] = True
+        self._running = self._running[~self._has_ended[self._running]]
         return [
             self._finished(row, "stop" if stop else "length")
-            for row, stop in zip(rows[done].tolist(), stopped[done].tolist(), strict=True)
+            for row, stop in zip(ended.tolist(), stopped[done].tolist(), strict=True)
         ]
 
     def check(self) -> None:
@@ -197,8 +203,8 @@ class StreamingScheduler:
     def _remember(self, row: int, begin: int, end: int) -> None:
         """Make blocks that tokens `[begin, end)` fill known by their content."""
         keys, size = self._keys[row], self._block_size
-        for block in range(begin // size, min(end // size, len(keys))):
-            self.cache.remember(self._blocks[row][block], keys[block])
+        first, last = begin // size, min(end // size, len(keys))
+        self.cache.remember(self._blocks[row][first:last], keys[first:last])
 
     def _account(self, rows: Ints, counts: Ints) -> None:
         begin = self._num_computed[rows]
