@@ -49,6 +49,7 @@ class Admission:
         self._max_num_seqs = max_num_seqs
         self._deviation: Floats = np.zeros(state.count)  # of the expected lengths
         self._all_known = True  # no deviation yet
+        self._is_tight = False  # not all fitted that a step had a use for, last time
         self.is_open = True  # something changed since the queue's head did not fit
 
     def admit(self, room: int) -> None:
@@ -57,7 +58,7 @@ class Admission:
             places = self._max_num_seqs - len(self._running)
             if places <= 0:
                 return
-            if self._head_cannot_fit(room):
+            if self._is_tight and self._head_cannot_fit(room):
                 self.is_open = False
                 return
             candidates = find_candidates(
@@ -69,7 +70,8 @@ class Admission:
             count = self._projection.how_many_fit(
                 candidates, start, finish, spare, self._num_blocks
             )
-            if count < len(candidates.sequences):
+            self._is_tight = count < len(candidates.sequences)
+            if self._is_tight:
                 self.is_open = False
             if count == 0 and len(self._running) == 0:
                 count = 1  # the head alone fits the pool, whatever lies idle in it
@@ -92,7 +94,10 @@ class Admission:
         nodes = nodes_alone(state, self._running.below, sequence)
         tokens = int(state.pending(head)[0])
         tokens += sum(int(state.length[node] - state.num_computed[node]) for node in nodes)
-        expected = int(self._remaining(head).tokens[0])
+        if state.ignore_eos[sequence]:
+            expected = max(int(state.max_tokens[sequence] - state.num_outputs[sequence]), 1)
+        else:
+            expected = int(self._remaining(head).tokens[0])
         return self._projection.cannot_fit(
             sequence, expected, nodes, self._num_blocks, grows=tokens <= room
         )

@@ -30,6 +30,7 @@ class Projection:
         self._block_size = block_size
         self._timeline = Timeline()
         self._forever = 0
+        self.latest_start = _NEVER  # of any sequence so far
         # Of sequences: first step in which one samples, expected last, tokens held at first.
         self.start: Ints = np.full(segments.count, _NEVER, dtype=np.int64)
         self.finish: Ints = np.full(segments.count, _NEVER, dtype=np.int64)  # of nodes: the latest
@@ -142,6 +143,7 @@ class Projection:
         self._private[sequences] = self._tokens(sequences)
         self.start[sequences] = start
         self.finish[sequences] = finish
+        self.latest_start = max(self.latest_start, int(start.max()))
         self._apply(self._events(sequences), 1)
         self._raise(sequences)
 
@@ -171,19 +173,21 @@ class Projection:
         self._timeline.add(np.full(len(nodes), self.now), blocks)
         self._timeline.add(self.finish[nodes] + 1, -blocks)
 
-    def _raise(self, segments: Ints) -> None:
-        """Let the nodes above last as long as `segments` do."""
-        while True:
-            parents = self._segments.parent[segments]
-            segments, parents = segments[parents != NOBODY], parents[parents != NOBODY]
-            later = self.finish[segments] > self.finish[parents]
-            segments, parents = segments[later], parents[later]
-            if len(parents) == 0:
-                return
-            raised = np.unique(parents)
-            until = raised[self._node[raised] == _UNTIL]
-            blocks = self._blocks[until]
-            self._hold_nodes(until, -blocks)
-            np.maximum.at(self.finish, parents, self.finish[segments])
-            self._hold_nodes(until, blocks)
-            segments = raised
+    def _raise(self, sequences: Ints) -> None:
+        """Let the nodes above last as long as `sequences` do."""
+        finish_of, parent_of = self.finish.data, self._segments.parent.data
+        before: dict[int, int] = {}  # of the nodes that are raised
+        for sequence in sequences.tolist():
+            last, node = finish_of[sequence], parent_of[sequence]
+            while node != NOBODY and finish_of[node] < last:
+                before.setdefault(node, finish_of[node])
+                finish_of[node] = last
+                node = parent_of[node]
+        until = [node for node in before if self._node[node] == _UNTIL]
+        if until:
+            nodes = np.array(until)
+            ended = np.array([before[node] for node in until])
+            blocks = self._blocks[nodes]
+            # Not freed then, but later; what was freed already is held again.
+            self._timeline.add(ended + 1, blocks)
+            self._timeline.add(self.finish[nodes] + 1, -blocks)

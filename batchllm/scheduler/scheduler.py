@@ -1,6 +1,6 @@
 """The scheduler: from a plan to one batch a step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from batchllm.cache.block_pool import BlockPool
 from batchllm.cache.block_table import BlockHolder, BlockTables
 from batchllm.prefix.plan import PrefixPlan
-from batchllm.request import FinishReason, TokenIds
+from batchllm.request import FinishReason
 from batchllm.scheduler.admission import Admission
 from batchllm.scheduler.assemble import Work, assemble
 from batchllm.scheduler.base import SchedulerStats
@@ -95,7 +95,7 @@ class Scheduler:
         failed = order[~fits]
         self._projection.give_up(failed)
         self._unfinished.remove(failed)
-        return [self._finished(int(s), "error") for s in failed]
+        return self._finished(failed, ["error"] * len(failed))
 
     def blocks_alone(self, leaf: int) -> int:
         """Blocks a leaf's sequence needs to its longest end, with nothing else in the pool."""
@@ -142,17 +142,16 @@ class Scheduler:
         if len(batch.token_ids):  # nobody will read what is only simulated
             state.outputs.put(sequences, num_outputs - 1, output.token_ids)
         state.num_outputs[sequences] = num_outputs
-        stopped = self._ends(output.token_ids)
+        stopped = output.ends(self._eos_token_ids)
         if stopped.any():
             stopped &= ~state.ignore_eos[sequences]
         done = stopped | (num_outputs >= state.max_tokens[sequences])
-        going_on = ~done
-        # The first sample of what took shorter to prefill than expected.
-        surprised = going_on & (projection.start[sequences] >= projection.now)
-        self._running.decoding = sequences[going_on]
-        if surprised.any():
-            self._admission.revise(sequences[surprised])
         ended = sequences[done]
+        going_on = sequences[~done] if len(ended) else sequences
+        self._running.decoding = going_on
+        if projection.latest_start >= projection.now:
+            # The first sample of what took shorter to prefill than expected.
+            self._admission.revise(going_on[projection.start[going_on] >= projection.now])
         if len(ended) == 0:
             return []
         learned = ended[~state.ignore_eos[ended]]
@@ -162,10 +161,7 @@ class Scheduler:
         self._num_unfinished -= len(ended)
         self._release(ended, self._running.finish(ended))
         self._drop_finished(self._unfinished.remove(ended))
-        return [
-            self._finished(sequence, "stop" if stop else "length")
-            for sequence, stop in zip(ended.tolist(), stopped[done].tolist(), strict=True)
-        ]
+        return self._finished(ended, ["stop" if stop else "length" for stop in stopped[done]])
 
     def check(self) -> None:
         """Assert the books of pool, nodes and projection (for tests)."""
@@ -269,23 +265,18 @@ class Scheduler:
         self._tables.release(segments)
         self._state.drop(segments)
 
-    def _ends(self, token_ids: TokenIds) -> NDArray[np.bool_]:
-        """Which tokens end an answer; there are few of them, so one comparison each is least."""
-        ends = np.zeros(len(token_ids), dtype=np.bool_)
-        for token in self._eos_token_ids:
-            ends |= token_ids == token
-        return ends
-
     def _blocks_alone(self, sequences: Ints) -> Ints:
         state, size = self._state, self.pool.block_size
         longest = state.length[sequences] + state.max_tokens[sequences] - 1
         return state.blocks_above(size)[sequences] + -(-longest // size)
 
-    def _finished(self, sequence: int, reason: FinishReason) -> FinishedSequence:
+    def _finished(self, sequences: Ints, reasons: Sequence[FinishReason]) -> list[FinishedSequence]:
         state = self._state
-        return FinishedSequence(
-            leaf=int(state.leaf[sequence]),
-            output_token_ids=state.outputs.take(sequence, int(state.num_outputs[sequence])),
-            finish_reason=reason,
-            num_fresh_prompt_tokens=int(state.num_fresh[sequence]),
-        )
+        columns = (sequences, state.leaf[sequences], state.num_outputs[sequences])
+        fresh = state.num_fresh[sequences].tolist()
+        return [
+            FinishedSequence(leaf, state.outputs.take(sequence, count), reason, num_fresh)
+            for sequence, leaf, count, num_fresh, reason in zip(
+                *(column.tolist() for column in columns), fresh, reasons, strict=True
+            )
+        ]

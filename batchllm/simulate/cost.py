@@ -31,33 +31,38 @@ class StepWork:
     """What is in one step, in counts.
 
     `pairs` of query and key are those of prefill chunks and of shared segments, `decode_reads` the
-    tokens of their own that decodes read, `num_segments` the chunks and segments of the former.
+    tokens of their own that decodes read, `reads` the tokens of all segments, each counted once,
+    `num_segments` the chunks and segments of `pairs`.
     """
 
     num_tokens: int
     num_samples: int
     pairs: int
     decode_reads: int
+    reads: int
     num_segments: int
 
 
 def work_of(batch: Batch) -> StepWork:
     """Count the (first) step of a batch."""
-    count, offset = batch.chunks.count, batch.chunks.offset
-    decode = count == 1
-    num_decodes = int(np.count_nonzero(decode))
-    decode_reads = int(offset.sum() if num_decodes == len(count) else offset[decode].sum())
-    decode_reads += num_decodes
-    # A chunk's own tokens see half of each other, and all of what was there before.
+    count, offset, shared = batch.chunks.count, batch.chunks.offset, batch.shared
     num_tokens = batch.num_tokens
-    own = int(count.dot(offset)) + (int(count.dot(count)) + num_tokens) // 2
-    queries = _shared_queries(batch)
+    pairs, num_segments = 0, len(shared)
+    own_reads = decode_reads = int(offset.sum()) + num_tokens
+    if batch.num_decodes < len(count):
+        decode = count == 1
+        num_ones = int(np.count_nonzero(decode))
+        decode_reads = int(offset.dot(decode)) + num_ones
+        # A chunk's own tokens see half of each other, and all of what was there before.
+        pairs = int(count.dot(offset)) + (int(count.dot(count)) + num_tokens) // 2 - decode_reads
+        num_segments += len(count) - num_ones
     return StepWork(
         num_tokens=num_tokens,
         num_samples=len(batch.samples),
-        pairs=own - decode_reads + int(queries.dot(batch.shared.length)),
+        pairs=pairs + int(_shared_queries(batch).dot(shared.length)),
         decode_reads=decode_reads,
-        num_segments=len(count) - num_decodes + len(batch.shared),
+        reads=own_reads + int(shared.length.sum()),
+        num_segments=num_segments,
     )
 
 
@@ -86,10 +91,12 @@ class CostModel:
         self._shape = shape
         self._pair_seconds = shape.attention_flops / machine.attention_rate
         self._read_seconds = shape.kv_bytes_per_token / (machine.kv_bandwidth or machine.bandwidth)
+        self._body, self._head = shape.body_parameters, shape.head_parameters
+        self._products: dict[tuple[int, int], float] = {}  # there are no more than a budget's
 
     def cost(self, batch: Batch) -> StepCost:
         """The batch's cost, over all the steps it stands for."""
-        machine, shape, steps = self._machine, self._shape, batch.num_steps
+        machine, steps = self._machine, batch.num_steps
         work = work_of(batch)
         apart = machine.step_seconds + machine.token_seconds * work.num_tokens
         apart += machine.sample_seconds * work.num_samples
@@ -99,8 +106,8 @@ class CostModel:
         else:
             attention += self._attention_apart(batch)
         return StepCost(
-            gemm=steps * self.product(shape.body_parameters, work.num_tokens),
-            head=steps * self.product(shape.head_parameters, work.num_samples),
+            gemm=steps * self.product(self._body, work.num_tokens),
+            head=steps * self.product(self._head, work.num_samples),
             attention=steps * attention,
             overhead=steps * apart,
         )
@@ -109,18 +116,20 @@ class CostModel:
         """Seconds of `num_tokens` rows times `parameters` weights."""
         if num_tokens == 0:
             return 0.0
-        machine = self._machine
-        arithmetic = 2 * parameters * num_tokens / machine.gemm_rate(num_tokens)
-        return max(arithmetic, parameters * self._shape.bytes_per_value / machine.bandwidth)
+        seconds = self._products.get((parameters, num_tokens))
+        if seconds is None:
+            machine = self._machine
+            arithmetic = 2 * parameters * num_tokens / machine.gemm_rate(num_tokens)
+            reading = parameters * self._shape.bytes_per_value / machine.bandwidth
+            seconds = self._products[parameters, num_tokens] = max(arithmetic, reading)
+        return seconds
 
     def _attention_at_once(self, batch: Batch, work: StepWork) -> float:
         """Of a mean step; in each next one every decode has a token more to read."""
-        chunks = batch.chunks
         # With several steps, every chunk is a decode.
-        grown = len(chunks) * (batch.num_steps - 1) / 2
+        grown = len(batch.chunks) * (batch.num_steps - 1) / 2
         pairs = work.pairs + work.decode_reads + grown
-        reads = int(chunks.offset.sum()) + work.num_tokens + int(batch.shared.length.sum()) + grown
-        return max(self._pair_seconds * pairs, self._read_seconds * reads)
+        return max(self._pair_seconds * pairs, self._read_seconds * (work.reads + grown))
 
     def _attention_apart(self, batch: Batch) -> float:
         """As `_attention_at_once`, segment by segment."""

@@ -16,8 +16,9 @@ from batchllm.scheduler.admission import Admission
 from batchllm.scheduler.batch import StepOutput
 from batchllm.scheduler.fitting import Demand, how_many_fit
 from batchllm.scheduler.lengths import LengthEstimator
+from batchllm.scheduler.projection import Projection
 from batchllm.scheduler.scheduler import Scheduler
-from batchllm.scheduler.state import ChildCount
+from batchllm.scheduler.state import ChildCount, Segments
 from batchllm.scheduler.timeline import Timeline, first_sample_step, sequence_events
 
 
@@ -284,6 +285,28 @@ def test_first_sample_step_equals_a_step_by_step_simulation(tokens, finishes, bu
         step += 1
         left -= max(0, budget - sum(finish >= step for finish in finishes))
     assert first_sample_step(tokens, np.array(finishes, dtype=np.int64), budget, now) == step
+
+
+@given(rows=ROWS, data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_projection_adds_up_when_many_are_expected_later_at_once(rows, data):
+    state = Segments(plan_requests(requests(rows)), MAX_MODEL_LEN)
+    projection = Projection(state, 3)
+    leaves, nodes = np.flatnonzero(state.leaf >= 0), np.flatnonzero(state.leaf < 0)
+
+    def expected(of):
+        steps = st.lists(st.integers(0, 9), min_size=len(of), max_size=len(of))
+        start = np.array(data.draw(steps), dtype=np.int64) + projection.now
+        return start, start + data.draw(steps)
+
+    projection.admit(leaves, *expected(leaves), nodes)
+    projection.check(leaves, nodes)
+    for _ in range(3):
+        some = leaves[: data.draw(st.integers(1, len(leaves)))]
+        projection.revise(some, *expected(some))
+        projection.check(leaves, nodes)
+        assert projection.latest_start >= projection.start[leaves].max()
+        projection.advance(data.draw(st.integers(0, 12)))
 
 
 @given(st.data())
