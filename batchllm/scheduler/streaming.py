@@ -112,6 +112,9 @@ class StreamingScheduler:
         only_decodes = len(admitted) == 0 and bool((counts == 1).all()) and len(rows) == decodes
         offset = self._num_computed[rows]
         self._account(rows, counts)
+        for i in (offset < self._length[rows]).nonzero()[0].tolist():
+            if i < len(rows) - len(admitted):  # the others' are known since their admission
+                self._remember(int(rows[i]), int(offset[i]), int(offset[i] + counts[i]))
         steps = 1
         nothing_joins = only_decodes and not preempted and bool((self._pending(rows) == 0).all())
         if ends is not None and nothing_joins:
@@ -166,8 +169,11 @@ class StreamingScheduler:
         return counts, preempted
 
     def _extend(self, rows: Ints, missing: Ints) -> None:
-        for i in np.flatnonzero(missing).tolist():
-            self._blocks[int(rows[i])] += self.cache.allocate(int(missing[i]))
+        wanting = missing.nonzero()[0]
+        taken, begin = self.cache.allocate(int(missing.sum())), 0
+        for row, count in zip(rows[wanting].tolist(), missing[wanting].tolist(), strict=True):
+            self._blocks[row] += taken[begin : begin + count]
+            begin += count
 
     def _admit(self, room: int) -> Ints:
         """Admit from the queue's head as long as prompts fit now."""
@@ -216,8 +222,6 @@ class StreamingScheduler:
         self.stats.recomputed_tokens += int((np.minimum(end, fresh) - begin).sum())
         self._num_computed[rows] = end
         self._high_water[rows] = np.maximum(self._high_water[rows], end)
-        for i in np.flatnonzero(begin < self._length[rows]).tolist():
-            self._remember(int(rows[i]), int(begin[i]), int(end[i]))
 
     def _repeat(self, rows: Ints, most: int) -> int:
         """For how many steps the rows can decode without anything else changing."""
