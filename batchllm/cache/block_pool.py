@@ -35,19 +35,27 @@ class BlockPool:
 
     def allocate(self, count: int) -> BlockIds:
         """Take `count` blocks; the caller has checked `num_free`."""
-        assert 0 <= count <= self._num_free, f"{count} blocks asked, {self._num_free} free"
         left = self._num_free - count
-        taken = self._stack[left : self._num_free][::-1].copy()
-        self._num_free = left
-        self.peak_used = max(self.peak_used, self.num_used)
+        taken = self._stack[max(left, 0) : self._num_free][::-1].copy()
+        self.take(count)
         return taken
 
     def free(self, block_ids: BlockIds) -> None:
         """Give blocks back."""
-        end = self._num_free + len(block_ids)
-        assert end <= self.num_blocks, "a block was freed twice"
-        self._stack[self._num_free : end] = block_ids[::-1]
-        self._num_free = end
+        begin = self._num_free
+        self.give_back(len(block_ids))
+        self._stack[begin : self._num_free] = block_ids[::-1]
+
+    def take(self, count: int) -> None:
+        """Take `count` blocks without asking which; to be given back the same way."""
+        assert 0 <= count <= self._num_free, f"{count} blocks asked, {self._num_free} free"
+        self._num_free -= count
+        self.peak_used = max(self.peak_used, self.num_used)
+
+    def give_back(self, count: int) -> None:
+        """Give back `count` blocks of those taken by `take`."""
+        assert self._num_free + count <= self.num_blocks, "a block was freed twice"
+        self._num_free += count
 
     def check(self, held: BlockIds) -> None:
         """Assert that every block is either free or in `held`, once (for tests)."""

@@ -1,5 +1,7 @@
 """Which blocks hold whose KV."""
 
+from typing import Protocol
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -7,6 +9,22 @@ from batchllm.cache.block_pool import BlockIds, BlockPool
 
 Ints = NDArray[np.int64]
 _NO_ROW = -1
+
+
+class BlockHolder(Protocol):
+    """Who holds how many blocks: `BlockTables`, or `BlockCounts` where nothing is stored."""
+
+    num_held: Ints
+
+    def grow(self, owners: Ints, num_blocks: Ints) -> None: ...
+
+    def append(self, owners: Ints) -> None: ...
+
+    def release(self, owners: Ints) -> None: ...
+
+    def gather(self, owners: Ints) -> BlockIds: ...
+
+    def check(self) -> None: ...
 
 
 class BlockTables:
@@ -40,11 +58,20 @@ class BlockTables:
         self._give_rows(owners[held == 0])
         widest = int((held + missing).max())
         if widest > self._ids.shape[1]:
-            extra = max(widest, 2 * self._ids.shape[1]) - self._ids.shape[1]
-            self._ids = np.pad(self._ids, ((0, 0), (0, extra)))
+            self._widen(widest)
         rows, columns = _ranges(self._row[owners], held, missing)
         self._ids[rows, columns] = self._pool.allocate(total)
         self.num_held[owners] += missing
+
+    def append(self, owners: Ints) -> None:
+        """Give each owner, holding some, one block more; [n], distinct. As `grow`, for decodes."""
+        if len(owners) == 0:
+            return
+        held = self.num_held[owners]
+        if int(held.max()) >= self._ids.shape[1]:
+            self._widen(int(held.max()) + 1)
+        self._ids[self._row[owners], held] = self._pool.allocate(len(owners))
+        self.num_held[owners] = held + 1
 
     def release(self, owners: Ints) -> None:
         """Give all blocks of the owners back (none is fine); owners distinct."""
@@ -66,11 +93,19 @@ class BlockTables:
         width = int(self.num_held[owners].max())
         return self._ids[self._row[owners], :width]
 
+    def check(self) -> None:
+        """Assert that every block is free or has one holder (for tests)."""
+        self._pool.check(self.held())
+
     def held(self) -> BlockIds:
         """All blocks anyone holds (for tests)."""
         owners = np.flatnonzero(self.num_held)
         rows = self._row[owners]
         return self._ids[_ranges(rows, np.zeros_like(rows), self.num_held[owners])]
+
+    def _widen(self, widest: int) -> None:
+        extra = max(widest, 2 * self._ids.shape[1]) - self._ids.shape[1]
+        self._ids = np.pad(self._ids, ((0, 0), (0, extra)))
 
     def _give_rows(self, owners: Ints) -> None:
         if len(owners) > self._num_free_rows:

@@ -1,5 +1,6 @@
 """A block pool that keeps freed blocks until it needs them: what streaming engines do."""
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
 _NO_KEY = -1
@@ -22,7 +23,8 @@ class LRUBlockCache:
         self._key = [_NO_KEY] * num_blocks
         self._block: dict[int, int] = {}
         self._blank = list(range(num_blocks - 1, -1, -1))  # the last one is handed out next
-        self._unused: dict[int, None] = {}  # with content, the oldest first
+        # With content, the oldest first. (A plain dict is slow to find its first key again.)
+        self._unused: OrderedDict[int, None] = OrderedDict()
 
     @property
     def num_free(self) -> int:
@@ -53,36 +55,40 @@ class LRUBlockCache:
 
     def allocate(self, count: int) -> list[int]:
         """Take `count` blocks, forgetting what they held; the caller has checked `num_free`."""
-        taken = []
-        for _ in range(count):
-            if self._blank:
-                block = self._blank.pop()
-            else:
-                block = next(iter(self._unused))
-                del self._unused[block]
-            if self._block.get(self._key[block]) == block:
-                del self._block[self._key[block]]
-            self._key[block] = _NO_KEY
-            self._users[block] = 1
-            taken.append(block)
+        blank, unused = self._blank, self._unused
+        left = max(len(blank) - count, 0)
+        taken = blank[left:][::-1]
+        del blank[left:]
+        taken += [unused.popitem(last=False)[0] for _ in range(count - len(taken))]
+        known, key_of, users = self._block, self._key, self._users
+        for block in taken:
+            key = key_of[block]
+            if key != _NO_KEY:
+                if known.get(key) == block:
+                    del known[key]
+                key_of[block] = _NO_KEY
+            users[block] = 1
         self._note_use()
         return taken
 
-    def remember(self, block: int, key: int) -> None:
-        """Let a full block be found by `key`; the first block of a key stays the one found."""
-        self._key[block] = key
-        self._block.setdefault(key, block)
+    def remember(self, blocks: Sequence[int], keys: Sequence[int]) -> None:
+        """Let full blocks be found by their keys; the first block of a key stays the one found."""
+        known, key_of = self._block, self._key
+        for block, key in zip(blocks, keys, strict=True):
+            key_of[block] = key
+            known.setdefault(key, block)
 
     def release(self, blocks: Sequence[int], num_full: int) -> None:
         """Stop using blocks, in the order of their tokens, of which the first `num_full` are full.
 
         The last of those is evicted first.
         """
+        users = self._users
         for place in range(len(blocks) - 1, -1, -1):
             block = blocks[place]
-            self._users[block] -= 1
-            assert self._users[block] >= 0, "a block was freed twice"
-            if self._users[block]:
+            users[block] -= 1
+            assert users[block] >= 0, "a block was freed twice"
+            if users[block]:
                 continue
             if place < num_full:
                 self._unused[block] = None

@@ -41,7 +41,6 @@ class LRUReplay:
                 continue  # longer than the whole cache
             cache.share(found)
             blocks = found + cache.allocate(missing)
-            for block, key in zip(blocks, keys, strict=False):
-                cache.remember(block, key)
+            cache.remember(blocks[: len(keys)], keys)
             cache.release(blocks, len(keys))
             self._found_tokens += len(found) * size

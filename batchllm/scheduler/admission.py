@@ -1,81 +1,164 @@
-"""What it takes to admit the sequences at the head of the queue."""
-
-from dataclasses import dataclass
+"""Who is admitted, and until when everyone is expected to run."""
 
 import numpy as np
 from numpy.typing import NDArray
 
-from batchllm.scheduler.state import NOBODY, ChildCount, Segments
+from batchllm.scheduler.candidates import Candidates, find_candidates, nodes_alone
+from batchllm.scheduler.idle import IdleNodes
+from batchllm.scheduler.lengths import Expectation, LengthEstimator
+from batchllm.scheduler.projection import Projection
+from batchllm.scheduler.queue import AdmissionQueue
+from batchllm.scheduler.running import Running
+from batchllm.scheduler.state import Segments
+from batchllm.scheduler.timeline import first_sample_step
 
 Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
 
 
-@dataclass(frozen=True, slots=True)
-class Candidates:
-    """Sequences in order of admission, and what each adds to those before it.
+class Admission:
+    """Admits from the queue's head as long as a step has a use for it and memory fits.
 
-    `nodes` are those above them that no admitted sequence needs, and `first[i]` is the earliest
-    candidate that needs `nodes[i]`; sorted by that, then from the top down. `tokens` [n] are what
-    a candidate adds to the work: its own pending tokens and its first nodes' missing ones.
+    Memory fits if the blocks that all admitted sequences will hold, projected to each one's
+    expected end, stay within the pool, with something to spare where lengths are not known.
     """
 
-    sequences: Ints
-    nodes: Ints
-    first: Ints
-    tokens: Ints
+    def __init__(
+        self,
+        state: Segments,
+        queue: AdmissionQueue,
+        running: Running,
+        idle: IdleNodes,
+        projection: Projection,
+        lengths: LengthEstimator,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_num_batched_tokens: int,
+        max_num_seqs: int,
+    ) -> None:
+        self._state = state
+        self._queue = queue
+        self._running = running
+        self._idle = idle
+        self._projection = projection
+        self._lengths = lengths
+        self._num_blocks = num_blocks
+        self._block_size = block_size
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._max_num_seqs = max_num_seqs
+        self._deviation: Floats = np.zeros(state.count)  # of the expected lengths
+        self._all_known = True  # no deviation yet
+        self._is_tight = False  # not all fitted that a step had a use for, last time
+        self.is_open = True  # something changed since the queue's head did not fit
 
-    def take(self, count: int) -> "Candidates":
-        """The first `count`."""
-        nodes = int(np.searchsorted(self.first, count, side="left"))
-        return Candidates(
-            self.sequences[:count], self.nodes[:nodes], self.first[:nodes], self.tokens[:count]
+    def admit(self, room: int) -> None:
+        """Admit for a step that has `room` tokens left."""
+        while room > 0 and self.is_open and len(self._queue):
+            places = self._max_num_seqs - len(self._running)
+            if places <= 0:
+                return
+            if self._is_tight and self._head_cannot_fit(room):
+                self.is_open = False
+                return
+            candidates = find_candidates(
+                self._state, self._running.below, self._queue, min(places, room), room
+            )
+            start, expected = self._expect(candidates, room)
+            finish = start + expected.tokens - 1
+            spare = self._spare(expected.deviation)
+            count = self._projection.how_many_fit(
+                candidates, start, finish, spare, self._num_blocks
+            )
+            self._is_tight = count < len(candidates.sequences)
+            if self._is_tight:
+                self.is_open = False
+            if count == 0 and len(self._running) == 0:
+                count = 1  # the head alone fits the pool, whatever lies idle in it
+            if count:
+                admitted = candidates.take(count)
+                self._note_deviation(admitted.sequences, expected.deviation[:count])
+                self._start(admitted, start[:count], finish[:count])
+                room -= int(admitted.tokens.sum())
+
+    def _head_cannot_fit(self, room: int) -> bool:
+        """A quick look at the head alone: mostly, when one has finished, the next does not fit yet.
+
+        It finds what `how_many_fit` would, for the price of a few numbers; if it finds nothing,
+        that means nothing.
+        """
+        if len(self._running) == 0:
+            return False
+        head, state = self._queue.peek(1), self._state
+        sequence = int(head[0])
+        nodes = nodes_alone(state, self._running.below, sequence)
+        tokens = int(state.pending(head)[0])
+        tokens += sum(int(state.length[node] - state.num_computed[node]) for node in nodes)
+        if state.ignore_eos[sequence]:
+            expected = max(int(state.max_tokens[sequence] - state.num_outputs[sequence]), 1)
+        else:
+            expected = int(self._remaining(head).tokens[0])
+        return self._projection.cannot_fit(
+            sequence, expected, nodes, self._num_blocks, grows=tokens <= room
         )
 
-    def work(self, state: Segments) -> Ints:
-        """Segments to compute, in order: a sequence's missing nodes, then itself."""
-        missing = state.pending(self.nodes) > 0
-        segments = np.concatenate([self.nodes[missing], self.sequences])
-        turn = np.concatenate([self.first[missing], np.arange(len(self.sequences))])
-        return segments[np.lexsort((segments, turn))]
+    def revise_overdue(self) -> None:
+        """Expect more of decodes that should have finished by now."""
+        decodes = self._running.decoding
+        overdue = self._projection.finish[decodes] < self._projection.now
+        if overdue.any():
+            self.revise(decodes[overdue])
 
+    def revise(self, sequences: Ints) -> None:
+        """Expect of decodes what their next token in the coming step suggests."""
+        if len(sequences):
+            now = np.full(len(sequences), self._projection.now)
+            expected = self._remaining(sequences)
+            self._note_deviation(sequences, expected.deviation)
+            self._projection.revise(sequences, now, now + expected.tokens - 1)
 
-def find_candidates(state: Segments, running: ChildCount, sequences: Ints, room: int) -> Candidates:
-    """As many of `sequences`, in their order, as a step with `room` tokens has a use for.
+    def _expect(self, candidates: Candidates, room: int) -> tuple[Ints, Expectation]:
+        """In which step each candidate samples first, and how many tokens from then on."""
+        now = self._projection.now
+        start = np.full(len(candidates.sequences), now)
+        remaining = self._remaining(candidates.sequences)
+        over = int(candidates.tokens.sum()) - room
+        if over <= 0:
+            return start, remaining
+        # The last one takes more than this step. The next will do even if nobody finishes before?
+        budget = self._max_num_batched_tokens
+        if over <= budget - (len(self._running) + len(start) - 1):
+            start[-1] = now + 1
+        else:
+            others = self._projection.finish[self._running.sequences()]
+            finishes = np.concatenate([others, (start + remaining.tokens - 1)[:-1]])
+            start[-1] = first_sample_step(over, finishes, budget, now)
+        return start, remaining
 
-    That is up to and including the one that fills it, and at least one.
-    """
-    own = state.pending(sequences)
-    sequences = sequences[: int(np.searchsorted(np.cumsum(own), room, side="left")) + 1]
-    own = own[: len(sequences)]
-    nodes, first = _new_nodes(state, running, sequences)
-    tokens = own + np.bincount(
-        first, weights=state.pending(nodes), minlength=len(sequences)
-    ).astype(np.int64)
-    count = int(np.searchsorted(np.cumsum(tokens), room, side="left")) + 1
-    return Candidates(sequences, nodes, first, tokens).take(min(count, len(sequences)))
+    def _spare(self, deviation: Floats) -> Floats:
+        """Blocks to leave free with the first 1, 2, … candidates, [n].
 
+        The lengths of many answers add up to about their expectation, give or take the root of
+        their summed variances: twice that is left free, so that a preemption is the exception.
+        """
+        if self._all_known and not deviation.any():
+            return np.zeros(len(deviation))
+        running = self._deviation[self._running.sequences()]
+        variance = np.cumsum(deviation**2) + (running**2).sum()
+        spare: Floats = 2 * np.sqrt(variance) / self._block_size
+        return spare
 
-def _new_nodes(state: Segments, running: ChildCount, sequences: Ints) -> tuple[Ints, Ints]:
-    """Nodes above `sequences` below which none runs, and the first of them to need each."""
-    parents = state.parent[sequences]
-    first = np.arange(len(sequences))
-    nodes, firsts = [], []
-    while True:
-        new = (parents != NOBODY) & (running.children[parents] == 0)  # [-1] is harmless
-        if not new.any():
-            break
-        parents, place = np.unique(parents[new], return_index=True)
-        first = first[new][place]  # the earliest, as `first` ascends until here
-        by_turn = np.argsort(first, kind="stable")
-        parents, first = parents[by_turn], first[by_turn]
-        nodes.append(parents)
-        firsts.append(first)
-        parents = state.parent[parents]
-    if not nodes:
-        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
-    everything, turns = np.concatenate(nodes), np.concatenate(firsts)
-    by_turn = np.lexsort((everything, turns))  # one node may be met from several depths
-    everything, turns = everything[by_turn], turns[by_turn]
-    _, place = np.unique(everything, return_index=True)
-    place.sort()
-    return everything[place], turns[place]
+    def _start(self, admitted: Candidates, start: Ints, finish: Ints) -> None:
+        self._queue.pop(len(admitted.sequences))
+        self._projection.admit(admitted.sequences, start, finish, admitted.nodes)
+        self._idle.remove(self._running.admit(admitted))
+
+    def _remaining(self, sequences: Ints) -> Expectation:
+        state = self._state
+        return self._lengths.remaining(
+            state.num_outputs[sequences], state.max_tokens[sequences], state.ignore_eos[sequences]
+        )
+
+    def _note_deviation(self, sequences: Ints, deviation: Floats) -> None:
+        self._deviation[sequences] = deviation
+        self._all_known = self._all_known and not deviation.any()

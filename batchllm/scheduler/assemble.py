@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from batchllm.cache.block_table import BlockTables
+from batchllm.cache.block_table import BlockHolder
 from batchllm.scheduler.batch import Batch, Chunks, Samples, SharedReads
 from batchllm.scheduler.state import Segments
 
@@ -16,23 +16,32 @@ _NO_BLOCKS = np.zeros((0, 0), dtype=np.int32)
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Tokens to compute: `counts[i]` more of `segments[i]`, from its `num_computed` on, [n].
+    """Tokens to compute: of `segments[i]` the `counts[i]` from `offset[i]` on, [n].
 
     `samples[i]`: it is a sequence, and this completes it, so that a token is sampled.
     """
 
     segments: Ints
     counts: Ints
+    offset: Ints
     samples: NDArray[np.bool_]
+
+    def with_(self, other: "Work") -> "Work":
+        """Both, by segment."""
+        if len(other.segments) == 0:
+            return self
+        segments = np.concatenate([self.segments, other.segments])
+        order = segments.argsort(kind="stable")  # two ascending runs: it merges them
+        return Work(
+            segments[order],
+            np.concatenate([self.counts, other.counts])[order],
+            np.concatenate([self.offset, other.offset])[order],
+            np.concatenate([self.samples, other.samples])[order],
+        )
 
 
 def assemble(
-    state: Segments,
-    tables: BlockTables | None,
-    nodes: Ints,
-    work: Work,
-    offset: Ints,
-    num_decodes: int,
+    state: Segments, tables: BlockHolder | None, nodes: Ints, work: Work, num_decodes: int
 ) -> Batch:
     """One step's batch.
 
@@ -42,15 +51,14 @@ def assemble(
             batch without tokens and blocks.
         nodes: the nodes above the sequences that run, ascending.
         work: what to compute, segments ascending.
-        offset: tokens of each segment computed before this step, [n].
         num_decodes: how many of the chunks are decodes.
     """
-    segments = work.segments
-    begin = np.searchsorted(segments, nodes, side="right")
-    end = np.searchsorted(segments, state.subtree_end[nodes], side="left")
+    segments, offset = work.segments, work.offset
+    begin = segments.searchsorted(nodes, side="right")
+    end = segments.searchsorted(state.subtree_end[nodes], side="left")
     read = end > begin
     nodes = nodes[read]
-    sampling = np.flatnonzero(work.samples)
+    sampling = work.samples.nonzero()[0]
     sequences = segments[sampling]
     token_ids, blocks = _NO_TOKENS, _NO_BLOCKS
     if tables is not None:

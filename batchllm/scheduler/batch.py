@@ -95,6 +95,13 @@ class StepOutput:
 
     token_ids: TokenIds
 
+    def ends(self, eos_token_ids: frozenset[int]) -> NDArray[np.bool_]:
+        """Which tokens end an answer; of those there are few, so one comparison each is least."""
+        ends = np.zeros(len(self.token_ids), dtype=np.bool_)
+        for token in eos_token_ids:
+            ends |= self.token_ids == token
+        return ends
+
 
 @dataclass(frozen=True, slots=True)
 class FinishedSequence:

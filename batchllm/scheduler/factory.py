@@ -1,8 +1,10 @@
 """A scheduler by the name of its policy."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from batchllm.cache.block_pool import BlockPool
+from batchllm.cache.block_table import BlockHolder, BlockTables
 from batchllm.prefix.policies.registry import STREAMING
 from batchllm.scheduler.base import StepScheduler
 from batchllm.scheduler.lengths import LengthEstimator
@@ -26,8 +28,13 @@ def make_scheduler(
     limits: SchedulerLimits,
     eos_token_ids: frozenset[int] = frozenset(),
     lengths: LengthEstimator | None = None,
+    *,
+    holder: Callable[[BlockPool, int], BlockHolder] = BlockTables,
 ) -> StepScheduler:
-    """The scheduler that runs plans of this policy; `lengths` may know something already."""
+    """The scheduler that runs plans of this policy.
+
+    `lengths` may know something already; a simulation can do with `BlockCounts` as `holder`.
+    """
     if policy == STREAMING:
         return StreamingScheduler(
             limits.num_blocks,
@@ -44,4 +51,5 @@ def make_scheduler(
         max_num_seqs=limits.max_num_seqs,
         eos_token_ids=eos_token_ids,
         lengths=lengths,
+        holder=holder,
     )

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchllm.cache.block_pool import BlockPool
-from batchllm.cache.block_table import BlockTables
+from batchllm.cache.block_table import BlockHolder
 from batchllm.scheduler.state import NOBODY, Segments
 
 Ints = NDArray[np.int64]
@@ -20,7 +20,7 @@ class IdleNodes:
     node is computed again when its turn comes.
     """
 
-    def __init__(self, state: Segments, tables: BlockTables, pool: BlockPool) -> None:
+    def __init__(self, state: Segments, tables: BlockHolder, pool: BlockPool) -> None:
         self._state = state
         self._tables = tables
         self._pool = pool
@@ -62,5 +62,6 @@ class IdleNodes:
 
     def _drop(self, node: int) -> None:
         del self._nodes[node]
-        self._tables.release(np.array([node]))
-        self._state.num_computed[node] = 0
+        dropped = np.array([node])
+        self._tables.release(dropped)
+        self._state.drop(dropped)

@@ -3,10 +3,13 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from batchllm.scheduler.candidates import Candidates
+from batchllm.scheduler.fitting import Demand, how_many_fit
 from batchllm.scheduler.state import NOBODY, ChildCount, Segments
 from batchllm.scheduler.timeline import Events, Timeline, sequence_events
 
 Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
 _ABSENT, _FOREVER, _UNTIL = 0, 1, 2
 _NEVER = -1
 
@@ -27,6 +30,7 @@ class Projection:
         self._block_size = block_size
         self._timeline = Timeline()
         self._forever = 0
+        self.latest_start = _NEVER  # of any sequence so far
         # Of sequences: first step in which one samples, expected last, tokens held at first.
         self.start: Ints = np.full(segments.count, _NEVER, dtype=np.int64)
         self.finish: Ints = np.full(segments.count, _NEVER, dtype=np.int64)  # of nodes: the latest
@@ -43,28 +47,50 @@ class Projection:
         """Let steps pass."""
         self._timeline.advance(num_steps)
 
-    def peak_with(self, sequences: Ints, start: Ints, finish: Ints, nodes: Ints) -> int:
-        """Most blocks held in any step to come if `sequences` were admitted.
+    def how_many_fit(
+        self, candidates: Candidates, start: Ints, finish: Ints, spare: Floats, num_blocks: int
+    ) -> int:
+        """The most candidates, from the first on, that can be admitted; see `how_many_fit`.
 
-        `nodes` are those above them that no admitted sequence needs.
-
-        Nodes count forever here, also where no other sequence below them waits.
+        Their nodes count forever here, also where no other sequence below them waits.
         """
-        private = self._tokens(sequences)
-        events = sequence_events(private, start, finish, self._block_size)
-        blocks = int((-(-private // self._block_size)).sum() + self._blocks[nodes].sum())
-        return self._timeline.peak(events, blocks) + self._forever
+        lasting = candidates.by_first(self._blocks[candidates.nodes])
+        private = self._tokens(candidates.sequences)
+        demand = Demand(private, start, finish, lasting, self._block_size)
+        left = num_blocks - self._forever
+        return how_many_fit(self._timeline.ahead(), self.now, demand, spare, left)
+
+    def cannot_fit(
+        self, sequence: int, expected: int, nodes: list[int], num_blocks: int, *, grows: bool
+    ) -> bool:
+        """Whether a sequence overfills the step that is fullest without it.
+
+        So it surely cannot be admitted, without looking at any other step. It will sample
+        `expected` tokens, from this step on if it `grows` now, and needs `nodes` that nobody else
+        does.
+        """
+        step, held = self._timeline.fullest()
+        later = step - self.now
+        if later >= expected:
+            return False
+        segments = self._segments
+        tokens = int(segments.length[sequence] + segments.num_outputs[sequence])
+        blocks = -(-(tokens + (later if grows else 0)) // self._block_size)
+        blocks += sum(int(self._blocks[node]) for node in nodes)
+        return held + self._forever + blocks > num_blocks
 
     def admit(self, sequences: Ints, start: Ints, finish: Ints, nodes: Ints) -> None:
         """Count `sequences`, and `nodes` that no admitted sequence needed before."""
-        self._node[nodes] = _FOREVER
-        self._forever += int(self._blocks[nodes].sum())
+        if len(nodes):
+            self._node[nodes] = _FOREVER
+            self._forever += int(self._blocks[nodes].sum())
         self._hold(sequences, start, finish)
         known = self._waiting.remove(sequences)
         known = known[self._node[known] == _FOREVER]
-        self._node[known] = _UNTIL
-        self._forever -= int(self._blocks[known].sum())
-        self._hold_nodes(known, self._blocks[known])
+        if len(known):
+            self._node[known] = _UNTIL
+            self._forever -= int(self._blocks[known].sum())
+            self._hold_nodes(known, self._blocks[known])
 
     def revise(self, sequences: Ints, start: Ints, finish: Ints) -> None:
         """Expect something else of admitted sequences, from what they hold now."""
@@ -117,6 +143,7 @@ class Projection:
         self._private[sequences] = self._tokens(sequences)
         self.start[sequences] = start
         self.finish[sequences] = finish
+        self.latest_start = max(self.latest_start, int(start.max()))
         self._apply(self._events(sequences), 1)
         self._raise(sequences)
 
@@ -146,19 +173,21 @@ class Projection:
         self._timeline.add(np.full(len(nodes), self.now), blocks)
         self._timeline.add(self.finish[nodes] + 1, -blocks)
 
-    def _raise(self, segments: Ints) -> None:
-        """Let the nodes above last as long as `segments` do."""
-        while True:
-            parents = self._segments.parent[segments]
-            segments, parents = segments[parents != NOBODY], parents[parents != NOBODY]
-            later = self.finish[segments] > self.finish[parents]
-            segments, parents = segments[later], parents[later]
-            if len(parents) == 0:
-                return
-            raised = np.unique(parents)
-            until = raised[self._node[raised] == _UNTIL]
-            blocks = self._blocks[until]
-            self._hold_nodes(until, -blocks)
-            np.maximum.at(self.finish, parents, self.finish[segments])
-            self._hold_nodes(until, blocks)
-            segments = raised
+    def _raise(self, sequences: Ints) -> None:
+        """Let the nodes above last as long as `sequences` do."""
+        finish_of, parent_of = self.finish.data, self._segments.parent.data
+        before: dict[int, int] = {}  # of the nodes that are raised
+        for sequence in sequences.tolist():
+            last, node = finish_of[sequence], parent_of[sequence]
+            while node != NOBODY and finish_of[node] < last:
+                before.setdefault(node, finish_of[node])
+                finish_of[node] = last
+                node = parent_of[node]
+        until = [node for node in before if self._node[node] == _UNTIL]
+        if until:
+            nodes = np.array(until)
+            ended = np.array([before[node] for node in until])
+            blocks = self._blocks[nodes]
+            # Not freed then, but later; what was freed already is held again.
+            self._timeline.add(ended + 1, blocks)
+            self._timeline.add(self.finish[nodes] + 1, -blocks)

@@ -8,6 +8,7 @@ from batchllm.request import TokenIds
 
 Ints = NDArray[np.int64]
 NOBODY = -1
+_NONE: Ints = np.zeros(0, dtype=np.int64)
 
 
 class Segments:
@@ -23,8 +24,8 @@ class Segments:
     `params_index`.
 
     State: `num_computed` tokens have their KV, or will once the step scheduled last has run;
-    `high_water` is the most that ever had: computing below it is repetition. Of leaves,
-    `num_outputs` and `num_fresh` (prompt tokens computed for this leaf before any other).
+    `high_water` is the most that had it when it was dropped: computing below that is repetition.
+    Of leaves, `num_outputs`, and `num_fresh`: prompt tokens computed for this leaf before others.
     `owner` is the leaf that a node is being, or was last, computed for; a leaf's is itself.
     """
 
@@ -73,6 +74,11 @@ class Segments:
         total = self.length[segments] + self.num_outputs[segments]
         return total - self.num_computed[segments]
 
+    def is_leaf(self, segments: Ints) -> NDArray[np.bool_]:
+        """Which of the segments are a leaf's, [n]."""
+        leaves: NDArray[np.bool_] = self.leaf[segments] != NOBODY
+        return leaves
+
     def blocks_above(self, block_size: int) -> Ints:
         """Blocks of the whole chain of nodes above each segment, [num_segments]."""
         blocks = -(-self.length[self.of_node] // block_size)
@@ -96,7 +102,9 @@ class Segments:
         return found
 
     def account(self, segments: Ints, counts: Ints) -> tuple[int, int]:
-        """Mark `counts` more tokens computed; segments distinct.
+        """Mark `counts` more tokens of prefill computed; segments distinct.
+
+        (A decode's token is neither a prompt token nor a repeat: it only moves `num_computed`.)
 
         Returns:
             How many of them are prompt tokens, and how many (of prompt or output) are repeats.
@@ -104,54 +112,68 @@ class Segments:
         begin = self.num_computed[segments]
         end = begin + counts
         in_prompt = np.minimum(end, self.length[segments])
-        high = self.high_water[segments]
-        fresh = np.maximum(begin, high)
+        fresh = np.maximum(begin, self.high_water[segments])
         np.add.at(self.num_fresh, self.owner[segments], np.maximum(in_prompt - fresh, 0))
         self.num_computed[segments] = end
-        self.high_water[segments] = np.maximum(high, end)
         repeats = np.minimum(end, fresh) - begin
         return int(np.maximum(in_prompt - begin, 0).sum()), int(repeats.sum())
+
+    def drop(self, segments: Ints) -> None:
+        """The segments' KV is gone: computing it again is repetition."""
+        had = self.num_computed[segments]
+        self.high_water[segments] = np.maximum(self.high_water[segments], had)
+        self.num_computed[segments] = 0
 
 
 class ChildCount:
     """How many of a node's children count; a node itself counts as long as one of them does.
 
     So the count of a node says whether any leaf below it counts, and a leaf that changes touches
-    only the ancestors for which that changes the answer.
+    only the ancestors for which that changes the answer. Those are few at a time: plain loops over
+    views of the arrays cost a fraction of what numpy's calls do.
     """
 
-    def __init__(self, parent: Ints, counting: Ints | None = None) -> None:
-        """Nobody counts at first, or the segments `counting`, with all nodes above them."""
-        self._parent = parent
+    def __init__(self, parent: Ints, counting: Ints = _NONE) -> None:
+        """Nobody counts at first but the segments `counting`, with all nodes above them."""
         self.children: Ints = np.zeros(len(parent), dtype=np.int64)
-        if counting is not None:
-            self.add(counting)
+        while len(counting):
+            above = parent[counting]
+            above = above[above != NOBODY]
+            counting = np.unique(above[self.children[above] == 0])
+            np.add.at(self.children, above, 1)
+        self._parent_of = parent.data
+        self._children_of = self.children.data
 
     def add(self, segments: Ints) -> Ints:
         """Let the segments (distinct, not counting yet) count; returns nodes that now do too."""
-        changed = []
-        while len(parents := self._above(segments)):
-            segments = np.unique(parents[self.children[parents] == 0])
-            np.add.at(self.children, parents, 1)
-            changed.append(segments)
-        return _joined(changed)
+        children, changed = self._children_of, []
+        parents = self._above(segments.tolist())
+        while parents:
+            new = sorted({parent for parent in parents if children[parent] == 0})
+            for parent in parents:
+                children[parent] += 1
+            changed += new
+            parents = self._above(new)
+        return np.array(changed, dtype=np.int64) if changed else _NONE
 
     def remove(self, segments: Ints) -> Ints:
         """Let the segments (distinct, counting) no longer count.
 
         Returns nodes that do not either now, descendants before their ancestors.
         """
-        changed = []
-        while len(parents := self._above(segments)):
-            np.subtract.at(self.children, parents, 1)
-            segments = np.unique(parents[self.children[parents] == 0])
-            changed.append(segments)
-        return _joined(changed)
+        children, changed = self._children_of, []
+        parents = self._above(segments.tolist())
+        while parents:
+            for parent in parents:
+                children[parent] -= 1
+            gone = sorted({parent for parent in parents if children[parent] == 0})
+            changed += gone
+            parents = self._above(gone)
+        return np.array(changed, dtype=np.int64) if changed else _NONE
 
-    def _above(self, segments: Ints) -> Ints:
-        parents = self._parent[segments]
-        above: Ints = parents[parents != NOBODY]
-        return above
+    def _above(self, segments: list[int]) -> list[int]:
+        parent_of = self._parent_of
+        return [parent for s in segments if (parent := parent_of[s]) != NOBODY]
 
 
 class OutputTokens:
@@ -188,13 +210,9 @@ class OutputTokens:
     def take(self, owner: int, count: int) -> TokenIds:
         """The owner's `count` tokens, which are forgotten here."""
         row = int(self._row[owner])
-        if row == NOBODY:
-            return np.zeros(0, dtype=np.int32)
+        if row == NOBODY:  # only simulated: the answer has a length, and no tokens to tell apart
+            return np.zeros(count, dtype=np.int32)
         tokens = self._tokens[row, :count].copy()
         self._row[owner] = NOBODY
         self._free.append(row)
         return tokens
-
-
-def _joined(parts: list[Ints]) -> Ints:
-    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)

@@ -56,7 +56,7 @@ class StreamingScheduler:
         self._max_model_len = max_model_len
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_num_seqs = max_num_seqs
-        self._eos_token_ids = np.array(sorted(eos_token_ids), dtype=np.int64)
+        self._eos_token_ids = eos_token_ids
         self._waiting: deque[int] = deque()
         self._running = _NONE  # rows, in order of admission
 
@@ -78,6 +78,7 @@ class StreamingScheduler:
         self._num_outputs = np.zeros(count, dtype=np.int64)
         self._num_fresh = np.zeros(count, dtype=np.int64)
         self._high_water = np.zeros(count, dtype=np.int64)
+        self._has_ended = np.zeros(count, dtype=np.bool_)
         self._outputs = OutputTokens(count)
         self._blocks: dict[int, list[int]] = {}  # of running rows
         alone = -(-(self._length + self._max_tokens - 1) // size)
@@ -111,6 +112,9 @@ class StreamingScheduler:
         only_decodes = len(admitted) == 0 and bool((counts == 1).all()) and len(rows) == decodes
         offset = self._num_computed[rows]
         self._account(rows, counts)
+        for i in (offset < self._length[rows]).nonzero()[0].tolist():
+            if i < len(rows) - len(admitted):  # the others' are known since their admission
+                self._remember(int(rows[i]), int(offset[i]), int(offset[i] + counts[i]))
         steps = 1
         nothing_joins = only_decodes and not preempted and bool((self._pending(rows) == 0).all())
         if ends is not None and nothing_joins:
@@ -121,17 +125,22 @@ class StreamingScheduler:
     def update(self, batch: Batch, output: StepOutput) -> list[FinishedSequence]:
         """Append the sampled tokens; returns the rows that are finished by them."""
         rows = batch.samples.sequence
-        position = self._num_outputs[rows] + batch.num_steps - 1
-        self._outputs.put(rows, position, output.token_ids)
-        self._num_outputs[rows] = position + 1
-        stopped = np.isin(output.token_ids, self._eos_token_ids) & ~self._ignore_eos[rows]
-        done = stopped | (position + 1 >= self._max_tokens[rows])
-        for row in rows[done].tolist():
+        num_outputs = batch.samples.output_position + batch.num_steps
+        if len(batch.token_ids):  # nobody will read what is only simulated
+            self._outputs.put(rows, num_outputs - 1, output.token_ids)
+        self._num_outputs[rows] = num_outputs
+        stopped = output.ends(self._eos_token_ids) & ~self._ignore_eos[rows]
+        done = stopped | (num_outputs >= self._max_tokens[rows])
+        ended = rows[done]
+        if len(ended) == 0:
+            return []
+        for row in ended.tolist():
             self._let_go(row)
-        self._running = self._running[np.isin(self._running, rows[done], invert=True)]
+        self._has_ended[ended] = True
+        self._running = self._running[~self._has_ended[self._running]]
         return [
             self._finished(row, "stop" if stop else "length")
-            for row, stop in zip(rows[done].tolist(), stopped[done].tolist(), strict=True)
+            for row, stop in zip(ended.tolist(), stopped[done].tolist(), strict=True)
         ]
 
     def check(self) -> None:
@@ -160,8 +169,11 @@ class StreamingScheduler:
         return counts, preempted
 
     def _extend(self, rows: Ints, missing: Ints) -> None:
-        for i in np.flatnonzero(missing).tolist():
-            self._blocks[int(rows[i])] += self.cache.allocate(int(missing[i]))
+        wanting = missing.nonzero()[0]
+        taken, begin = self.cache.allocate(int(missing.sum())), 0
+        for row, count in zip(rows[wanting].tolist(), missing[wanting].tolist(), strict=True):
+            self._blocks[row] += taken[begin : begin + count]
+            begin += count
 
     def _admit(self, room: int) -> Ints:
         """Admit from the queue's head as long as prompts fit now."""
@@ -197,8 +209,8 @@ class StreamingScheduler:
     def _remember(self, row: int, begin: int, end: int) -> None:
         """Make blocks that tokens `[begin, end)` fill known by their content."""
         keys, size = self._keys[row], self._block_size
-        for block in range(begin // size, min(end // size, len(keys))):
-            self.cache.remember(self._blocks[row][block], keys[block])
+        first, last = begin // size, min(end // size, len(keys))
+        self.cache.remember(self._blocks[row][first:last], keys[first:last])
 
     def _account(self, rows: Ints, counts: Ints) -> None:
         begin = self._num_computed[rows]
@@ -210,8 +222,6 @@ class StreamingScheduler:
         self.stats.recomputed_tokens += int((np.minimum(end, fresh) - begin).sum())
         self._num_computed[rows] = end
         self._high_water[rows] = np.maximum(self._high_water[rows], end)
-        for i in np.flatnonzero(begin < self._length[rows]).tolist():
-            self._remember(int(rows[i]), int(begin[i]), int(end[i]))
 
     def _repeat(self, rows: Ints, most: int) -> int:
         """For how many steps the rows can decode without anything else changing."""

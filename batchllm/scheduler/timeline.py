@@ -38,8 +38,8 @@ def sequence_events(private: Ints, start: Ints, finish: Ints, block_size: int) -
 class Timeline:
     """How many blocks are held in every step to come, as differences from step to step.
 
-    Adding or removing a sequence touches one entry a block, and the peak is one running sum up to
-    the last step that anything is known about.
+    Adding or removing a sequence touches one entry a block. What is held in each step is one
+    running sum up to the last step that anything is known about, made when it is asked for.
     """
 
     def __init__(self) -> None:
@@ -48,6 +48,9 @@ class Timeline:
         self._change: Ints = np.zeros(1024, dtype=np.int64)  # from step `_origin` on
         self._origin = 0
         self._end = 0  # no change from this step on
+        # Kept as long as nothing is added:
+        self._ahead: Ints | None = None
+        self._fullest: tuple[int, int] | None = None
 
     def add(self, steps: Ints, amounts: Ints) -> None:
         """Hold `amounts[i]` more blocks from step `steps[i]` on; the past counts as now."""
@@ -58,31 +61,31 @@ class Timeline:
         self._reserve(end)
         np.add.at(self._change, steps - self._origin, amounts)
         self._end = max(self._end, end)
-
-    def hold(self, blocks: int, first: int, last: int) -> None:
-        """Hold `blocks` more in the steps `[first, last]`; negative takes that back."""
-        if last >= self.now:
-            self.add(np.array([first, last + 1]), np.array([blocks, -blocks]))
+        self._ahead = self._fullest = None
 
     def advance(self, num_steps: int) -> None:
         """Let steps pass."""
         begin = self.now - self._origin
         self._held += int(self._change[begin : begin + num_steps].sum())
         self.now += num_steps
+        if self._ahead is not None:
+            self._ahead = self._ahead[num_steps:]
 
-    def peak(self, events: Events | None = None, blocks: int = 0) -> int:
-        """Most blocks held in any one step from now on, if events and `blocks` were added."""
-        begin = self.now - self._origin
-        change = self._change[begin : max(begin, self._end - self._origin)]
-        if events is not None and len(events.steps):
-            steps = np.maximum(events.steps, self.now) - self.now
-            length = max(len(change), int(steps.max()) + 1)
-            added = np.bincount(steps, weights=events.amounts, minlength=length)
-            added[: len(change)] += change
-            change = added.astype(np.int64)
-        if len(change) == 0:
-            return self._held + blocks
-        return self._held + blocks + int(np.cumsum(change).max())
+    def ahead(self) -> Ints:
+        """Blocks held in the steps from `now` on, at least one; after the last, as in it."""
+        if self._ahead is None or len(self._ahead) == 0:
+            change = self._change[self.now - self._origin : max(self._end - self._origin, 0)]
+            known = change.cumsum() + self._held
+            self._ahead = known if len(known) else np.array([self._held])
+        return self._ahead
+
+    def fullest(self) -> tuple[int, int]:
+        """The first of the steps to come in which most is held, and how much."""
+        if self._fullest is None or self._fullest[0] < self.now:
+            ahead = self.ahead()
+            place = int(ahead.argmax())
+            self._fullest = self.now + place, int(ahead[place])
+        return self._fullest
 
     def held_in(self, step: int) -> int:
         """Blocks held in one step to come (for tests)."""

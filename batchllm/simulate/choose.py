@@ -3,6 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from batchllm.cache.block_counts import BlockCounts
 from batchllm.prefix.plan import PrefixPlan, plan_tokens, reorder
 from batchllm.prefix.policies.registry import POLICIES
 from batchllm.request import RaggedTokens
@@ -21,7 +22,7 @@ def simulate_policy(
 ) -> SimulatedRun:
     """Run a plan, put in the policy's order, on a fresh scheduler; `outputs` as in `simulate`."""
     ordered = reorder(plan, policy, outputs) if policy in POLICIES else plan
-    scheduler = make_scheduler(policy, limits, frozenset({END_TOKEN}))
+    scheduler = make_scheduler(policy, limits, frozenset({END_TOKEN}), holder=BlockCounts)
     return simulate(ordered, outputs, scheduler, costs)
 
 

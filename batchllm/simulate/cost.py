@@ -31,37 +31,50 @@ class StepWork:
     """What is in one step, in counts.
 
     `pairs` of query and key are those of prefill chunks and of shared segments, `decode_reads` the
-    tokens of their own that decodes read, `num_segments` the chunks and segments of the former.
+    tokens of their own that decodes read, `reads` the tokens of all segments, each counted once,
+    `num_segments` the chunks and segments of `pairs`.
     """
 
     num_tokens: int
     num_samples: int
     pairs: int
     decode_reads: int
+    reads: int
     num_segments: int
 
 
 def work_of(batch: Batch) -> StepWork:
     """Count the (first) step of a batch."""
-    decode = batch.chunks.count == 1
-    own, shared = _pairs(batch)
+    count, offset, shared = batch.chunks.count, batch.chunks.offset, batch.shared
+    num_tokens = batch.num_tokens
+    pairs, num_segments = 0, len(shared)
+    own_reads = decode_reads = int(offset.sum()) + num_tokens
+    if batch.num_decodes < len(count):
+        decode = count == 1
+        num_ones = int(np.count_nonzero(decode))
+        decode_reads = int(offset.dot(decode)) + num_ones
+        # A chunk's own tokens see half of each other, and all of what was there before.
+        pairs = int(count.dot(offset)) + (int(count.dot(count)) + num_tokens) // 2 - decode_reads
+        num_segments += len(count) - num_ones
     return StepWork(
-        num_tokens=batch.num_tokens,
+        num_tokens=num_tokens,
         num_samples=len(batch.samples),
-        pairs=int(own[~decode].sum() + shared.sum()),
-        decode_reads=int(own[decode].sum()),
-        num_segments=int((~decode).sum()) + len(batch.shared),
+        pairs=pairs + int(_shared_queries(batch).dot(shared.length)),
+        decode_reads=decode_reads,
+        reads=own_reads + int(shared.length.sum()),
+        num_segments=num_segments,
     )
 
 
-def _pairs(batch: Batch) -> tuple[Ints, Ints]:
-    """Pairs of query and key: of each chunk with its own segment, and of each shared read."""
-    chunks, shared = batch.chunks, batch.shared
-    ends = np.concatenate([[0], np.cumsum(chunks.count)])
-    queries = ends[shared.chunk_end] - ends[shared.chunk_begin]
-    # A chunk's own tokens see half of each other, and all of what was there before.
-    own = chunks.count * chunks.offset + chunks.count * (chunks.count + 1) // 2
-    return own, queries * shared.length
+def _shared_queries(batch: Batch) -> Ints:
+    """Tokens that attend to each shared segment, [num_shared]."""
+    count, shared = batch.chunks.count, batch.shared
+    if batch.num_decodes == len(count):  # one token each
+        return shared.chunk_end - shared.chunk_begin
+    before = np.zeros(len(count) + 1, dtype=np.int64)
+    count.cumsum(out=before[1:])
+    queries: Ints = before[shared.chunk_end] - before[shared.chunk_begin]
+    return queries
 
 
 class CostModel:
@@ -76,18 +89,26 @@ class CostModel:
     def __init__(self, machine: Machine, shape: ModelShape) -> None:
         self._machine = machine
         self._shape = shape
+        self._pair_seconds = shape.attention_flops / machine.attention_rate
+        self._read_seconds = shape.kv_bytes_per_token / (machine.kv_bandwidth or machine.bandwidth)
+        self._body, self._head = shape.body_parameters, shape.head_parameters
+        self._products: dict[tuple[int, int], float] = {}  # there are no more than a budget's
 
     def cost(self, batch: Batch) -> StepCost:
         """The batch's cost, over all the steps it stands for."""
-        machine, shape, steps = self._machine, self._shape, batch.num_steps
-        num_tokens = batch.num_tokens
-        num_samples = len(batch.samples)
-        apart = machine.step_seconds + machine.token_seconds * num_tokens
-        apart += machine.sample_seconds * num_samples
+        machine, steps = self._machine, batch.num_steps
+        work = work_of(batch)
+        apart = machine.step_seconds + machine.token_seconds * work.num_tokens
+        apart += machine.sample_seconds * work.num_samples
+        attention = machine.segment_seconds * work.num_segments
+        if machine.one_attention_launch:
+            attention += self._attention_at_once(batch, work)
+        else:
+            attention += self._attention_apart(batch)
         return StepCost(
-            gemm=steps * self.product(shape.body_parameters, num_tokens),
-            head=steps * self.product(shape.head_parameters, num_samples),
-            attention=self._attention(batch),
+            gemm=steps * self.product(self._body, work.num_tokens),
+            head=steps * self.product(self._head, work.num_samples),
+            attention=steps * attention,
             overhead=steps * apart,
         )
 
@@ -95,26 +116,33 @@ class CostModel:
         """Seconds of `num_tokens` rows times `parameters` weights."""
         if num_tokens == 0:
             return 0.0
-        machine = self._machine
-        arithmetic = 2 * parameters * num_tokens / machine.gemm_rate(num_tokens)
-        return max(arithmetic, parameters * self._shape.bytes_per_value / machine.bandwidth)
+        seconds = self._products.get((parameters, num_tokens))
+        if seconds is None:
+            machine = self._machine
+            arithmetic = 2 * parameters * num_tokens / machine.gemm_rate(num_tokens)
+            reading = parameters * self._shape.bytes_per_value / machine.bandwidth
+            seconds = self._products[parameters, num_tokens] = max(arithmetic, reading)
+        return seconds
 
-    def _attention(self, batch: Batch) -> float:
-        """Over all the batch's steps; in each next one every decode has a token more to read."""
-        machine, shape, steps = self._machine, self._shape, batch.num_steps
+    def _attention_at_once(self, batch: Batch, work: StepWork) -> float:
+        """Of a mean step; in each next one every decode has a token more to read."""
+        # With several steps, every chunk is a decode.
+        grown = len(batch.chunks) * (batch.num_steps - 1) / 2
+        pairs = work.pairs + work.decode_reads + grown
+        return max(self._pair_seconds * pairs, self._read_seconds * (work.reads + grown))
+
+    def _attention_apart(self, batch: Batch) -> float:
+        """As `_attention_at_once`, segment by segment."""
         chunks, shared = batch.chunks, batch.shared
         decode = chunks.count == 1
-        own, shared_pairs = _pairs(batch)
-        grown = (steps - 1) / 2  # in the mean step; with several, every chunk is a decode
-        pair_seconds = shape.attention_flops / machine.attention_rate
-        read_seconds = shape.kv_bytes_per_token / (machine.kv_bandwidth or machine.bandwidth)
-        arithmetic = pair_seconds * np.concatenate([own + decode * grown, shared_pairs])
-        reading = read_seconds * np.concatenate(
-            [chunks.offset + chunks.count + decode * grown, shared.length]
-        )
-        apart = machine.segment_seconds * (int((~decode).sum()) + len(shared))
-        if machine.one_attention_launch:
-            return steps * (apart + max(float(arithmetic.sum()), float(reading.sum())))
+        grown = decode * ((batch.num_steps - 1) / 2)
+        own = chunks.count * chunks.offset + chunks.count * (chunks.count + 1) // 2
         # A decode of its own is bound by reading, whatever its arithmetic would take alone.
-        arithmetic[: len(chunks)][decode] = 0.0
-        return steps * (apart + float(np.maximum(arithmetic, reading).sum()))
+        own[decode] = 0
+        arithmetic = self._pair_seconds * np.concatenate(
+            [own, _shared_queries(batch) * shared.length]
+        )
+        reading = self._read_seconds * np.concatenate(
+            [chunks.offset + chunks.count + grown, shared.length]
+        )
+        return float(np.maximum(arithmetic, reading).sum())

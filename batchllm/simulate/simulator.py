@@ -57,7 +57,7 @@ def simulate(
         attention, overhead = attention + cost.attention, overhead + cost.overhead
         samples = batch.samples
         last = samples.output_position + batch.num_steps >= ends[samples.leaf]
-        tokens = np.where(last, END_TOKEN, 0).astype(np.int32)
+        tokens = last.astype(np.int32) * np.int32(END_TOKEN)
         scheduler.update(batch, StepOutput(tokens))
         output_tokens += len(samples) * batch.num_steps
     stats = scheduler.stats

@@ -6,15 +6,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scheduling import EOS, MAX_MODEL_LEN, ROWS, CheckingEngine, expected_answer, requests
 
+from batchllm.cache.block_counts import BlockCounts
 from batchllm.cache.block_pool import BlockPool
 from batchllm.cache.block_table import BlockTables
 from batchllm.engine import Engine
 from batchllm.prefix.plan import plan_requests
 from batchllm.runner.fake_runner import FakeRunner
+from batchllm.scheduler.admission import Admission
 from batchllm.scheduler.batch import StepOutput
+from batchllm.scheduler.fitting import Demand, how_many_fit
 from batchllm.scheduler.lengths import LengthEstimator
+from batchllm.scheduler.projection import Projection
 from batchllm.scheduler.scheduler import Scheduler
-from batchllm.scheduler.state import ChildCount
+from batchllm.scheduler.state import ChildCount, Segments
 from batchllm.scheduler.timeline import Timeline, first_sample_step, sequence_events
 
 
@@ -93,6 +97,40 @@ def test_every_row_is_answered_right_whatever_the_memory(
         assert scheduler.stats.preemptions == 0
         assert scheduler.stats.recomputed_tokens == 0
         assert scheduler.stats.computed_prompt_tokens == plan.tree.num_tokens
+
+
+@given(
+    rows=ROWS,
+    block_size=st.integers(1, 4),
+    spare=st.integers(0, 12),
+    budget=st.integers(2, 30),
+    known=st.booleans(),
+)
+@settings(max_examples=150, deadline=None)
+def test_a_look_at_the_head_alone_refuses_nobody_that_fits(rows, block_size, spare, budget, known):
+    """With it and without it the batches are the same, where memory is short."""
+    longest = max(min(len(p) + m - 1, MAX_MODEL_LEN) for p, m in rows)
+    num_blocks = 6 + -(-longest // block_size) + spare
+
+    def batches():
+        scheduler = Scheduler(
+            BlockPool(num_blocks, block_size),
+            max_model_len=MAX_MODEL_LEN,
+            max_num_batched_tokens=budget,
+            max_num_seqs=64,
+            eos_token_ids=EOS,
+        )
+        scheduler.lengths.observe(np.arange(1, 31), np.full(30, 30))
+        seen = []
+        runner = FakeRunner(num_blocks, block_size)
+        engine = Engine(scheduler, runner, on_step=lambda b: seen.append(b.chunks))
+        list(engine.run(plan_requests(requests(rows, ignore_eos=known))))
+        return [(c.count.tolist(), c.start.tolist(), c.offset.tolist()) for c in seen]
+
+    quick = batches()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Admission, "_head_cannot_fit", lambda self, room: False)
+        assert quick == batches()
 
 
 def test_wrong_estimates_are_repaired_by_preemption():
@@ -175,18 +213,65 @@ def test_timeline_equals_a_step_by_step_count(sequences, block_size, passed):
         grown = np.clip(step - start, 0, left - 1)
         return int(np.where(step <= finish, -(-(private + grown) // block_size), 0).sum())
 
-    last = int(finish.max())
-    peak = max(held(step) for step in range(last + 1))
-    assert timeline.peak(events, first) == peak
     timeline.add(np.array([0]), np.array([first]))
     timeline.add(events.steps, events.amounts)
     for step in range(passed):
         timeline.advance(1)
         assert timeline.held_in(step + 1) == held(step + 1)
-    assert timeline.peak() == max(held(step) for step in range(passed, passed + last + 2))
+        if step % 3 == 0:  # what is kept from the last time must be right too
+            check_ahead(timeline, held)
+    check_ahead(timeline, held)
     timeline.add(events.steps, -events.amounts)
     timeline.add(np.array([0]), np.array([-first]))
-    assert timeline.peak() == 0 and timeline.held_in(passed + 50) == 0
+    assert timeline.fullest() == (passed, 0) and timeline.held_in(passed + 50) == 0
+
+
+def check_ahead(timeline, held):
+    ahead = timeline.ahead().tolist()
+    assert ahead == [held(timeline.now + i) for i in range(len(ahead))]
+    assert held(timeline.now + len(ahead)) == ahead[-1]
+    fullest, most = timeline.fullest()
+    assert most == max(ahead) == ahead[fullest - timeline.now]
+    assert most not in ahead[: fullest - timeline.now]
+
+
+@given(
+    held=st.lists(st.integers(0, 20), min_size=1, max_size=15),
+    rows=st.lists(
+        st.tuples(*(st.integers(1, 12), st.integers(0, 6), st.integers(1, 12), st.integers(0, 3))),
+        min_size=1,
+        max_size=8,
+    ),
+    block_size=st.integers(1, 5),
+    num_blocks=st.integers(1, 60),
+    margin=st.sampled_from([0.0, 0.3, 1.7]),
+)
+@settings(max_examples=500)
+def test_as_many_fit_as_a_step_by_step_count_says(held, rows, block_size, num_blocks, margin):
+    now = 7
+    private, start, left, lasting = np.array(rows, dtype=np.int64).T
+    start, finish = start + now, start + now + left - 1
+    demand = Demand(private, start, finish, lasting, block_size)
+    spare = margin * np.sqrt(np.arange(1, len(rows) + 1))
+
+    def peak(count):
+        most = 0
+        for step in range(now, now + 40):
+            blocks = held[min(step - now, len(held) - 1)]
+            for p, s, f, more in zip(private, start, finish, lasting, strict=True):
+                if count > 0:
+                    grown = max(0, step - s)
+                    blocks += more + (-(-(p + grown) // block_size) if step <= f else 0)
+                count -= 1
+            count += len(rows)
+            most = max(most, int(blocks))
+        return most
+
+    expected = 0
+    while expected < len(rows) and peak(expected + 1) + spare[expected] <= num_blocks:
+        expected += 1
+    assert how_many_fit(np.array(held), now, demand, spare, num_blocks) == expected
+    assert demand.at_most() + max(held) >= peak(len(rows))
 
 
 @given(
@@ -200,6 +285,28 @@ def test_first_sample_step_equals_a_step_by_step_simulation(tokens, finishes, bu
         step += 1
         left -= max(0, budget - sum(finish >= step for finish in finishes))
     assert first_sample_step(tokens, np.array(finishes, dtype=np.int64), budget, now) == step
+
+
+@given(rows=ROWS, data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_projection_adds_up_when_many_are_expected_later_at_once(rows, data):
+    state = Segments(plan_requests(requests(rows)), MAX_MODEL_LEN)
+    projection = Projection(state, 3)
+    leaves, nodes = np.flatnonzero(state.leaf >= 0), np.flatnonzero(state.leaf < 0)
+
+    def expected(of):
+        steps = st.lists(st.integers(0, 9), min_size=len(of), max_size=len(of))
+        start = np.array(data.draw(steps), dtype=np.int64) + projection.now
+        return start, start + data.draw(steps)
+
+    projection.admit(leaves, *expected(leaves), nodes)
+    projection.check(leaves, nodes)
+    for _ in range(3):
+        some = leaves[: data.draw(st.integers(1, len(leaves)))]
+        projection.revise(some, *expected(some))
+        projection.check(leaves, nodes)
+        assert projection.latest_start >= projection.start[leaves].max()
+        projection.advance(data.draw(st.integers(0, 12)))
 
 
 @given(st.data())
@@ -251,6 +358,27 @@ def test_block_tables_keep_everyones_blocks(moves):
             held[w] = row[:count].tolist()
         pool.check(tables.held())
     assert sorted(tables.held().tolist()) == sorted(b for blocks in held.values() for b in blocks)
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=60))
+def test_block_counts_count_what_block_tables_hold(moves):
+    pools = BlockPool(40, 4), BlockPool(40, 4)
+    holders = BlockTables(pools[0], 10), BlockCounts(pools[1], 10)
+    for owner, blocks in moves:
+        who = np.array([owner, (owner + 1) % 10])
+        wanted = np.maximum(holders[0].num_held[who], [blocks, blocks // 2])
+        for holder, pool in zip(holders, pools, strict=True):
+            if blocks == 0:
+                holder.release(who)
+            elif (wanted - holder.num_held[who]).sum() <= pool.num_free:
+                holder.grow(who, wanted)
+                having = who[holder.num_held[who] > 0]
+                if len(having) <= pool.num_free:
+                    holder.append(having)
+            holder.check()
+        assert np.array_equal(holders[0].num_held, holders[1].num_held)
+        assert pools[0].num_free == pools[1].num_free
+        assert pools[0].peak_used == pools[1].peak_used
 
 
 def test_block_tables_take_more_owners_than_they_had_rows_for():

@@ -18,7 +18,7 @@ from batchllm.scheduler.streaming import StreamingScheduler
 from batchllm.simulate.bound import bound
 from batchllm.simulate.calibrate import MeasuredStep, calibrate
 from batchllm.simulate.choose import sample_leaves
-from batchllm.simulate.cost import CostModel
+from batchllm.simulate.cost import CostModel, work_of
 from batchllm.simulate.machine import MACHINES, Machine, get_machine
 from batchllm.simulate.saved import save_machine, this_machine
 from batchllm.simulate.shape import ModelShape, get_shape
@@ -157,6 +157,42 @@ def test_a_step_costs_what_its_parts_cost():
     reads = [max(55 * flops / 1e5, 10 * kv / 1e6), 11 * kv / 1e6]
     assert run.attention_seconds == pytest.approx(sum(reads))
     assert run.overhead_seconds == pytest.approx(2 * 0.01)
+
+
+@given(rows=ROWS, budget=st.integers(3, 60))
+@settings(max_examples=50, deadline=None)
+def test_a_batchs_work_is_what_its_chunks_and_segments_add_up_to(rows, budget):
+    launches = [CostModel(replace(MACHINE, one_attention_launch=one), SHAPE) for one in (1, 0)]
+    pair, read = SHAPE.attention_flops / 1e5, SHAPE.kv_bytes_per_token / 1e6
+    scheduler = scheduler_for(400, budget)
+    scheduler.add(plan_of(rows))
+    while scheduler.has_unfinished:
+        batch = scheduler.schedule()
+        pairs = decode_reads = reads = segments = 0
+        apart = 0.0
+        for count, offset in zip(batch.chunks.count, batch.chunks.offset, strict=True):
+            own = sum(offset + 1 + i for i in range(count))  # each token sees those before, itself
+            decode_reads += own if count == 1 else 0
+            pairs += own if count > 1 else 0
+            segments += count > 1
+            reads += offset + count
+            apart += max(pair * own if count > 1 else 0, read * (offset + count))
+        shared = batch.shared
+        columns = (shared.chunk_begin, shared.chunk_end, shared.length)
+        for begin, end, length in zip(*columns, strict=True):
+            queries = sum(batch.chunks.count[begin:end])
+            pairs += queries * length
+            segments += 1
+            reads += length
+            apart += max(pair * queries * length, read * length)
+        work = work_of(batch)
+        assert (work.num_tokens, work.num_samples) == (sum(batch.chunks.count), len(batch.samples))
+        assert (work.pairs, work.decode_reads) == (pairs, decode_reads)
+        assert (work.reads, work.num_segments) == (reads, segments)
+        at_once = max(pair * (pairs + decode_reads), read * reads)
+        for model, expected in zip(launches, (at_once, apart), strict=True):
+            assert model.cost(batch).attention == pytest.approx(expected)
+        scheduler.update(batch, StepOutput(np.zeros(len(batch.samples), np.int32)))
 
 
 def test_rates_are_interpolated():

@@ -85,7 +85,7 @@ def test_what_was_not_used_for_longest_is_forgotten_first():
     cache = LRUBlockCache(4)
     a, b, c, d = cache.allocate(4)
     for block, key in ((a, 1), (b, 2), (c, 3)):
-        cache.remember(block, key)
+        cache.remember([block], [key])
     cache.release([b], 1)
     cache.release([a, c, d], 2)  # c is nearer the end of its sequence and goes before a
     assert cache.find([2]) == [b] and cache.num_free == 4
