@@ -57,7 +57,7 @@ MaxTokensColumn = Annotated[
     str | None,
     typer.Option(help="Column of each row's own --max-tokens.", rich_help_panel=_SAMPLING),
 ]
-WindowRows = Annotated[int, typer.Option(help="Rows planned and written together.")]
+WindowRows = Annotated[int, typer.Option(help="About how many rows are planned together.")]
 Limit = Annotated[int | None, typer.Option(help="Only the first N rows.")]
 OutputColumn = Annotated[str, typer.Option(help="The answer's column.")]
 MaxTokens = Annotated[
