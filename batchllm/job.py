@@ -184,7 +184,7 @@ def _answer_windows(
     windows = Windows(
         source, builder, ~store.finished, window_rows=config.window_rows, scratch=store.scratch
     )
-    with closing(windows), PromptWorker(builder) as worker:
+    with closing(windows), closing(PromptWorker(builder)) as worker:
         prompted = prompts_ahead(windows, worker)
         llm = LLM(checkpoint, config.engine)
         progress.note(_describe(config, llm, len(store.finished)))

@@ -14,8 +14,9 @@ _LIVE_SECONDS = 0.2
 class Progress:
     """Rows done, tokens a second, share of prompt tokens saved, and the time left.
 
-    The time left goes by rows: a window's answers come in the order that runs fastest, so it is
-    rough within a window and settles over several.
+    A window's answers all come late in it where what decodes most goes first, so the time left
+    goes by tokens within a window, and by rows over the windows to come. It expects answers as long
+    as they may be; where they end sooner, less is left than it says.
     """
 
     def __init__(
@@ -34,6 +35,9 @@ class Progress:
         self._prompt_tokens = 0
         self._tree_tokens = 0
         self._tokens = 0
+        self._window_rows = 0
+        self._window_tokens = 0  # to compute, at most
+        self._before_window = (0, 0)  # rows and tokens
         self._started = self._shown = time.monotonic()
 
     def start_window(self, plan: PrefixPlan) -> None:
@@ -41,6 +45,10 @@ class Progress:
         lengths = plan.tree.leaf_length * plan.tree.row_counts()
         self._prompt_tokens += int(lengths.sum())
         self._tree_tokens += plan.tree.num_tokens
+        self._before_window = self._done, self._tokens
+        self._window_rows = plan.tree.num_rows
+        longest = plan.max_tokens[plan.tree.leaf_row]
+        self._window_tokens = plan.tree.num_tokens + int(longest.sum())
 
     def on_step(self, batch: Batch) -> None:
         """Count a step, and show something if it is time."""
@@ -78,8 +86,11 @@ class Progress:
     def _line(self, seconds: float) -> str:
         share = self._done / max(self._num_rows, 1)
         saved = 1 - self._tree_tokens / self._prompt_tokens if self._prompt_tokens else 0.0
-        here = self._done - self._done_before
-        left = seconds / here * (self._num_rows - self._done) if here else None
+        rows_before, tokens_before = self._before_window
+        in_window = (self._tokens - tokens_before) / max(self._window_tokens, 1)
+        worth = rows_before + max(in_window * self._window_rows, self._done - rows_before)
+        here = worth - self._done_before
+        left = seconds / here * (self._num_rows - worth) if here else None
         return (
             f"{self._done:,}/{self._num_rows:,} rows ({share:.0%})  "
             f"{self._tokens / max(seconds, 1e-9):,.0f} tokens/s computed  "

@@ -12,9 +12,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from types import TracebackType
 
 import pyarrow as pa
 
@@ -41,12 +41,13 @@ class PromptWorker:
         self._builder = builder
         self._table: pa.Table | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self._is_closed = False
 
     def begin(self, table: pa.Table) -> None:
         """Have a table's prompts made; `finish` must come before the next."""
         assert self._table is None, "one table at a time"
         self._table = table
-        if self._process is None and table.num_rows >= _WORTH_ROWS:
+        if self._process is None and table.num_rows >= _WORTH_ROWS and not self._is_closed:
             self._start()
         self._send(table)
 
@@ -60,26 +61,19 @@ class PromptWorker:
                 batch: PromptBatch = pickle.load(self._process.stdout)
                 return batch
             except _LOST:
-                self.close()
+                self._end_process()
         return self._builder.build(table)
 
     def close(self) -> None:
-        """End the process, whatever it is at."""
+        """End the process, whatever it is at; there will be no other."""
+        self._is_closed = True
+        self._end_process()
+
+    def _end_process(self) -> None:
         process, self._process = self._process, None
         if process is not None:
             process.kill()
             process.communicate()
-
-    def __enter__(self) -> "PromptWorker":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _start(self) -> None:
         with suppress(OSError):
@@ -98,32 +92,44 @@ class PromptWorker:
                 pickle.dump(message, self._process.stdin, protocol=5)
                 self._process.stdin.flush()
             except _LOST:
-                self.close()
+                self._end_process()
 
 
 def prompts_ahead(windows: Iterable[Window], worker: PromptWorker) -> Iterator[PromptedWindow]:
-    """Each window with its prompts, the next one's in the making.
+    """Each window with its prompts, the next one's being read and made meanwhile.
 
-    The first is begun at once, when this is called, so that it can be made while a model loads.
+    The first is begun when this is called, so that a model can be loaded at the same time.
     """
     remaining = iter(windows)
-    first = next(remaining, None)
-    if first is not None:
-        worker.begin(first.rows.table)
-    return _one_ahead(first, remaining, worker)
+    reader = ThreadPoolExecutor(1)  # reading and sending hardly hold Python's lock
+    return _one_ahead(remaining, worker, reader, reader.submit(_begin_next, remaining, worker))
 
 
 def _one_ahead(
-    window: Window | None, remaining: Iterator[Window], worker: PromptWorker
+    remaining: Iterator[Window],
+    worker: PromptWorker,
+    reader: ThreadPoolExecutor,
+    begun: "Future[Window | None]",
 ) -> Iterator[PromptedWindow]:
-    while window is not None:
-        started = time.perf_counter()
-        prompts = worker.finish()
-        following = next(remaining, None)
-        if following is not None:
-            worker.begin(following.rows.table)
-        yield PromptedWindow(window, prompts, time.perf_counter() - started)
-        window = following
+    try:
+        while True:
+            started = time.perf_counter()
+            window = begun.result()
+            if window is None:
+                return
+            prompts = worker.finish()
+            waited = time.perf_counter() - started
+            begun = reader.submit(_begin_next, remaining, worker)
+            yield PromptedWindow(window, prompts, waited)
+    finally:
+        reader.shutdown(wait=False)
+
+
+def _begin_next(remaining: Iterator[Window], worker: PromptWorker) -> Window | None:
+    window = next(remaining, None)
+    if window is not None:
+        worker.begin(window.rows.table)
+    return window
 
 
 def main() -> None:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from batchllm.prefix.sorting import common_prefix
+
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 # Prompts as bytes that compare like them: UTF-8, or big-endian token ids.
@@ -70,15 +72,3 @@ def choose_ranges(sample: Keys, weights: Floats, count: int) -> KeyRanges:
         # The shortest key that parts them, so that what was not sampled goes to its own side.
         bounds.append(keys[place][: common_prefix(keys[place - 1], keys[place]) + 1])
     return KeyRanges(bounds)
-
-
-def common_prefix(left: bytes, right: bytes) -> int:
-    """How long a prefix two keys have in common."""
-    begin, end = 0, min(len(left), len(right))
-    while begin < end:  # the first `begin` agree; do the first `middle`?
-        middle = (begin + end + 1) // 2
-        if left[begin:middle] == right[begin:middle]:
-            begin = middle
-        else:
-            end = middle - 1
-    return begin

@@ -6,6 +6,8 @@ like the integers they encode, so Arrow's binary sort orders the sequences witho
 object a row.
 """
 
+from typing import AnyStr
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -71,3 +73,15 @@ def _agreed(
     differs = a != b
     first = differs.argmax(axis=1)
     return np.where(differs[np.arange(len(first)), first], first, width)
+
+
+def common_prefix(left: AnyStr, right: AnyStr) -> int:
+    """How long a prefix two texts, or two runs of bytes, have in common."""
+    begin, end = 0, min(len(left), len(right))
+    while begin < end:  # the first `begin` agree; do the first `middle`?
+        middle = (begin + end + 1) // 2
+        if left[begin:middle] == right[begin:middle]:
+            begin = middle
+        else:
+            end = middle - 1
+    return begin

@@ -7,6 +7,7 @@ from itertools import chain, pairwise
 
 import numpy as np
 
+from batchllm.prefix.sorting import common_prefix
 from batchllm.request import RaggedTokens
 from batchllm.text import ragged
 from batchllm.text.cuts import Cuts
@@ -71,7 +72,7 @@ def segment(texts: Sequence[str], cuts: Cuts) -> SegmentedTexts | None:
         else:
             runs[row] = [numbers.setdefault(text, len(numbers))]
     order.sort(key=texts.__getitem__)
-    depths = [0, *(_common_prefix(texts[a], texts[b]) for a, b in pairwise(order)), 0]
+    depths = [0, *(_shared(texts[a], texts[b]) for a, b in pairwise(order)), 0]
     shallower = _next_shallower(depths)
     path: list[_Node] = []
     for i, row in enumerate(order):
@@ -111,15 +112,6 @@ def _next_shallower(depths: list[int]) -> list[int]:
     return found
 
 
-def _common_prefix(a: str, b: str) -> int:
+def _shared(a: str, b: str) -> int:
     """How many characters two texts start with in common; 0 if fewer than `_MIN_CHARS`."""
-    if a[:_MIN_CHARS] != b[:_MIN_CHARS]:
-        return 0
-    low, high = 0, min(len(a), len(b))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    return common_prefix(a, b) if a[:_MIN_CHARS] == b[:_MIN_CHARS] else 0

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchllm.prefix.partition import KeyRanges, choose_ranges, common_prefix
+from batchllm.prefix.partition import KeyRanges, choose_ranges
+from batchllm.prefix.sorting import common_prefix
 
 KEYS = st.lists(st.binary(max_size=4).map(lambda b: bytes(c % 3 for c in b)), min_size=1)
 

@@ -2,12 +2,15 @@
 
 import os
 import signal
+import time
+from contextlib import closing
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from builders import tiny_tokenizer
 
+from batchllm.errors import OutputError
 from batchllm.io.rows import Rows
 from batchllm.prompt_worker import PromptWorker, prompts_ahead
 from batchllm.text.prompts import PromptBuilder, PromptSpec
@@ -36,7 +39,7 @@ def same(found, expected):
 
 
 def test_the_process_makes_the_same_prompts(builder):
-    with PromptWorker(builder) as worker:
+    with closing(PromptWorker(builder)) as worker:
         for table in tables(3):
             worker.begin(table)
             same(worker.finish(), builder.build(table))
@@ -47,7 +50,7 @@ def test_the_process_makes_the_same_prompts(builder):
 
 @pytest.mark.parametrize("after", [0, 1])
 def test_a_process_that_dies_costs_nothing(builder, after):
-    with PromptWorker(builder) as worker:
+    with closing(PromptWorker(builder)) as worker:
         for number, table in enumerate(tables(3)):
             worker.begin(table)
             if number == after:
@@ -58,7 +61,7 @@ def test_a_process_that_dies_costs_nothing(builder, after):
 
 def test_a_process_that_cannot_be_started_is_done_without(builder, monkeypatch):
     monkeypatch.setattr("sys.executable", "/nowhere/python")
-    with PromptWorker(builder) as worker:
+    with closing(PromptWorker(builder)) as worker:
         (table,) = tables(1)
         worker.begin(table)
         same(worker.finish(), builder.build(table))
@@ -66,28 +69,46 @@ def test_a_process_that_cannot_be_started_is_done_without(builder, monkeypatch):
 
 def test_a_small_table_starts_no_process(builder, monkeypatch):
     monkeypatch.setattr("batchllm.prompt_worker._WORTH_ROWS", 6)
-    with PromptWorker(builder) as worker:
+    with closing(PromptWorker(builder)) as worker:
         (table,) = tables(1)
         worker.begin(table)
         assert worker._process is None
         same(worker.finish(), builder.build(table))
 
 
-def test_the_next_window_is_begun_before_the_last_is_handed_out(builder):
+def test_the_next_window_is_made_while_the_last_is_answered(builder):
     begun = []
 
     class Watched(PromptWorker):
         def begin(self, table):
-            begun.append(table)
             super().begin(table)
+            begun.append(table)
+
+    def wait_for(count):
+        deadline = time.monotonic() + 30
+        while len(begun) < count and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return len(begun)
 
     each = tables(3)
     windows = [Window(Rows(np.arange(5), table), 0) for table in each]
-    with Watched(builder) as worker:
+    with closing(Watched(builder)) as worker:
         ahead = prompts_ahead(windows, worker)
-        assert len(begun) == 1
+        assert wait_for(1) == 1  # before anybody asks
         for number, one in enumerate(ahead):
-            assert len(begun) == min(number + 2, 3)
+            assert wait_for(min(number + 2, 3)) == min(number + 2, 3)
             assert one.window is windows[number]
             same(one.prompts, builder.build(each[number]))
         assert list(prompts_ahead([], worker)) == []
+
+
+def test_a_window_that_cannot_be_read_is_told(builder):
+    def broken():
+        yield Window(Rows(np.arange(5), tables(1)[0]), 0)
+        raise OutputError("cannot hold rows")
+
+    with closing(PromptWorker(builder)) as worker:
+        ahead = prompts_ahead(broken(), worker)
+        next(ahead)
+        with pytest.raises(OutputError, match="cannot hold rows"):
+            next(ahead)
