@@ -25,12 +25,6 @@ INPUT = InMemory(pa.table({"i": range(5)}, schema=SCHEMA))
 CALLS = ("fsync", "replace", "pwrite", "ftruncate", "unlink", "rmdir", "mkdir")
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """No test here depends on the disk having really been waited for."""
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
-
-
 class KilledError(BaseException):
     pass
 

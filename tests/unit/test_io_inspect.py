@@ -1,7 +1,5 @@
 """What an output tells about its run, finished or not."""
 
-import os
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,12 +13,6 @@ from batchllm.io.output import OutputStore
 SCHEMA = pa.schema([("i", pa.int64())])
 ANSWERS = pa.schema([("answer", pa.int64())])
 INPUT = InMemory(pa.table({"i": range(2)}, schema=SCHEMA))
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """No test here depends on the disk having really been waited for."""
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 @pytest.fixture(params=["out.parquet", "out"])

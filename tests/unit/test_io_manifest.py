@@ -30,12 +30,6 @@ ANSWERS = [answers(0, 10, steps=3), answers(1, 10, failed=2), answers(2, 20)]
 FINISHED = FinishedRecord({"rows": 100}, [FileRecord("part-0", 5000)])
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """No test here depends on the disk having really been waited for."""
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
-
-
 @pytest.fixture
 def path(tmp_path):
     path = tmp_path / "manifest.jsonl"
