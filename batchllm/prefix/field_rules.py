@@ -15,9 +15,9 @@ class FieldRules:
     """A decision list: the first rule that fits a row says in which order the row has its fields.
 
     Rule i fits rows that have `values[i]` in field `fields[i]`, or if that is `OTHER`, a value that
-    no rule of this list names. Those take `orders[i]`, or where
-    there is an entry `inner[i]`, the order that its rules say. Rows that no rule fits take the last
-    of `orders`. So a row's order depends on the row and the rules only, whatever is beside it.
+    no rule of this list names. Those take `orders[i]`, or where there is an entry `inner[i]`, the
+    order that its rules say. Rows that no rule fits take the last of `orders`. So a row's order
+    depends on the row and the rules only, whatever is beside it.
 
     Shapes: `fields` and `values` [num_rules], `orders` [num_rules + 1, num_fields], field numbers.
     """
