@@ -7,31 +7,25 @@ from typing import Protocol
 import torch
 
 from batchllm.errors import UsageError
-from batchllm.runner.model_input import AttentionItems
+from batchllm.models.rope import Rotation
+from batchllm.runner.model_input import ModelInput
 
 
 class LayerPlan(Protocol):
     """A step's attention, planned; run once for each layer."""
 
-    def run(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        key_cache: torch.Tensor,
-        value_cache: torch.Tensor,
-    ) -> torch.Tensor:
-        """Attend.
+    def run(self, qkv: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Rotate queries and keys, write keys and values to the cache, attend.
 
         Args:
-            query: [num_tokens, num_heads, head_dim].
-            key: this step's keys, [num_tokens, num_kv_heads, head_dim]; in the cache already.
-            value: this step's values, the same shape.
-            key_cache: the layer's, [num_blocks, block_size, num_kv_heads, head_dim].
-            value_cache: the same shape.
+            qkv: [num_tokens, num_heads + 2 * num_kv_heads, head_dim]: queries, keys, values. May be
+                overwritten.
+            keys: the layer's cache, [num_blocks, block_size, num_kv_heads, head_dim]. Where in its
+                block a value lies is the backend's own affair.
+            values: the same.
 
         Returns:
-            [num_tokens, num_heads, head_dim], in the query's dtype.
+            [num_tokens, num_heads * head_dim], in the dtype of `qkv`.
         """
         ...
 
@@ -39,14 +33,15 @@ class LayerPlan(Protocol):
 class AttentionBackend(Protocol):
     """Plans once a step, whatever the number of layers."""
 
-    def plan(self, items: AttentionItems, num_tokens: int) -> LayerPlan:
+    def plan(self, step: ModelInput, rotation: Rotation) -> LayerPlan:
         """Turn a step's items into what `run` needs, so that no layer does index work."""
         ...
 
 
 _HOMES = {
     "reference": ("batchllm.attention.reference", "ReferenceBackend"),
-    "cpu": ("batchllm.attention.cpu", "CpuBackend"),
+    "torch": ("batchllm.attention.cascade", "TorchBackend"),
+    "native": ("batchllm.attention.native", "NativeBackend"),
 }
 
 
@@ -55,16 +50,25 @@ def backend_names() -> list[str]:
     return ["auto", *_HOMES]
 
 
-def make_backend(name: str, block_size: int) -> AttentionBackend:
-    """Create a backend by name; `auto` is the fastest for the device.
+def make_backend(name: str, block_size: int, head_dim: int) -> AttentionBackend:
+    """Create a backend by name; `auto` is the fastest that runs here with these sizes.
 
     Raises:
-        UsageError: there is none of that name.
+        UsageError: there is none of that name, or it cannot run here.
     """
     if name not in backend_names():
         raise UsageError(
             f"no attention backend named {name!r}; there are: {', '.join(backend_names())}"
         )
-    module, cls = _HOMES["cpu" if name == "auto" else name]
-    factory: Callable[[int], AttentionBackend] = getattr(import_module(module), cls)
-    return factory(block_size)
+    if name == "auto":
+        try:
+            return _make("native", block_size, head_dim)
+        except UsageError:
+            name = "torch"
+    return _make(name, block_size, head_dim)
+
+
+def _make(name: str, block_size: int, head_dim: int) -> AttentionBackend:
+    module, cls = _HOMES[name]
+    factory: Callable[[int, int], AttentionBackend] = getattr(import_module(module), cls)
+    return factory(block_size, head_dim)

@@ -4,7 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
-from batchllm.runner.model_input import AttentionItems
+from batchllm.attention.write import rotate_and_write
+from batchllm.models.rope import Rotation
+from batchllm.runner.model_input import ModelInput
 
 
 class ReferenceBackend:
@@ -13,11 +15,12 @@ class ReferenceBackend:
     No partial results and no log-sum-exp: it shares no idea with what it checks.
     """
 
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, block_size: int, head_dim: int) -> None:
         self._block_size = block_size
 
-    def plan(self, items: AttentionItems, num_tokens: int) -> "ReferencePlan":
+    def plan(self, step: ModelInput, rotation: Rotation) -> "ReferencePlan":
         """Collect the slots that every query sees."""
+        items, num_tokens = step.items, len(step.token_ids)
         slots: list[list[torch.Tensor]] = [[] for _ in range(num_tokens)]
         for item in range(len(items)):
             blocks = torch.from_numpy(items.blocks(item))
@@ -25,33 +28,27 @@ class ReferenceBackend:
             for query in range(int(items.query_begin[item]), int(items.query_end[item])):
                 hidden = int(items.query_end[item]) - 1 - query if items.own[item] else 0
                 slots[query].append(every[: int(items.kv_len[item]) - hidden])
-        return ReferencePlan([torch.cat(parts) for parts in slots])
+        seen = [torch.cat(parts) for parts in slots]
+        return ReferencePlan(rotation, torch.from_numpy(step.slots), seen)
 
 
 @dataclass(frozen=True, slots=True)
 class ReferencePlan:
-    """Slots seen by each query, in any order."""
+    """`slots` are where the step's KV goes, `seen` those seen by each query, in any order."""
 
-    slots: list[torch.Tensor]
+    rotation: Rotation
+    slots: torch.Tensor
+    seen: list[torch.Tensor]
 
-    def run(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        key_cache: torch.Tensor,
-        value_cache: torch.Tensor,
-    ) -> torch.Tensor:
+    def run(self, qkv: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """See `LayerPlan.run`."""
-        num_tokens, num_heads, head_dim = query.shape
-        num_kv_heads = key_cache.shape[2]
-        keys = key_cache.view(-1, num_kv_heads, head_dim)
-        values = value_cache.view(-1, num_kv_heads, head_dim)
+        query, _, _ = rotate_and_write(self.rotation, self.slots, qkv, keys, values)
+        num_kv_heads, head_dim = keys.shape[2:]
+        keys, values = keys.flatten(0, 1), values.flatten(0, 1)
         out = torch.empty_like(query)
-        for token in range(num_tokens):
+        for token, seen in enumerate(self.seen):
             q = query[token].double().view(num_kv_heads, -1, head_dim)
-            k = keys[self.slots[token]].double()
-            v = values[self.slots[token]].double()
+            k, v = keys[seen].double(), values[seen].double()
             weights = torch.softmax(torch.einsum("hgd,lhd->hgl", q, k) / head_dim**0.5, dim=-1)
-            out[token] = torch.einsum("hgl,lhd->hgd", weights, v).reshape(num_heads, head_dim)
-        return out
+            out[token] = torch.einsum("hgl,lhd->hgd", weights, v).flatten(0, 1)
+        return out.flatten(1)

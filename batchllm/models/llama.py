@@ -1,47 +1,47 @@
 """The Llama architecture over flat, ragged batches: no padding token is ever computed."""
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
 
 from batchllm.errors import ModelError
 from batchllm.models.config import ModelConfig
+from batchllm.models.linear import Linear
+from batchllm.models.operations import Operations
 from batchllm.models.rope import RotaryEmbedding
 
-Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""(layer, query [n, heads, d], key and value [n, kv_heads, d]) -> [n, heads, d]."""
+Attend = Callable[[int, torch.Tensor], torch.Tensor]
+"""(layer, queries, keys and values [n, heads + 2 kv_heads, d], not rotated) -> [n, heads * d]."""
 
 
 @dataclass(slots=True)
 class LlamaLayer:
-    """One decoder layer's weights, query-key-value and gate-up fused; biases None where absent."""
+    """One decoder layer's weights, query-key-value and gate-up fused."""
 
     input_norm: torch.Tensor
-    qkv: torch.Tensor
-    qkv_bias: torch.Tensor | None
-    output: torch.Tensor
-    output_bias: torch.Tensor | None
+    qkv: Linear
+    output: Linear
     post_norm: torch.Tensor
-    gate_up: torch.Tensor
-    gate_up_bias: torch.Tensor | None
-    down: torch.Tensor
-    down_bias: torch.Tensor | None
+    gate_up: Linear
+    down: Linear
 
 
 class LlamaModel:
     """LlamaForCausalLM, inference only. Attention is handed in: the model knows no cache."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, operations: Operations) -> None:
         self.config = config
         self.dtype = dtype
-        self._rotary = RotaryEmbedding(config)
+        self.rotary = RotaryEmbedding(config)
+        self._operations = operations
         self._embedding = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype)
-        tied = config.tie_word_embeddings
-        self._head = self._embedding if tied else torch.empty_like(self._embedding)
         self._norm = torch.empty(config.hidden_size, dtype=dtype)
         self._layers = [self._empty_layer() for _ in range(config.num_layers)]
+        self._head = Linear(config.hidden_size, config.vocab_size, dtype=dtype)
+        if config.tie_word_embeddings:
+            self._head.weight = self._embedding
 
     def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Copy weights in, one tensor at a time, by their Hugging Face names.
@@ -63,64 +63,58 @@ class LlamaModel:
             place.copy_(tensor)
         if places:
             raise ModelError(f"{len(places)} tensors are missing, among them {next(iter(places))}")
+        del place  # the last view of a weight that packing gives up
+        for linear in self._linears():
+            linear.pack()
 
     def forward(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, attend: Attend
+        self, token_ids: torch.Tensor, attend: Attend, sample_rows: torch.Tensor
     ) -> torch.Tensor:
-        """Hidden states [num_tokens, hidden_size] before the final norm.
+        """Hidden states of the tokens to sample, [num_samples, hidden_size], before the final norm.
 
         Args:
             token_ids: int [num_tokens].
-            positions: int64 [num_tokens], each token's place in its prompt.
             attend: writes keys and values to the cache and attends; called once a layer.
+            sample_rows: int64 [num_samples]. What the last layer computes after its attention
+                concerns nobody else, so it is computed for these alone.
         """
-        config = self.config
-        heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-        cos, sin = self._rotary(positions)
+        operations, eps = self._operations, self.config.rms_norm_eps
         hidden = F.embedding(token_ids, self._embedding)
+        delta: torch.Tensor | None = None
         for index, layer in enumerate(self._layers):
-            normed = self._rms_norm(hidden, layer.input_norm)
-            qkv = F.linear(normed, layer.qkv, layer.qkv_bias).view(len(hidden), -1, head_dim)
-            rotated = self._rotary.rotate(qkv[:, : heads + kv_heads], cos, sin)
-            attended = attend(
-                index, rotated[:, :heads], rotated[:, heads:], qkv[:, heads + kv_heads :]
-            )
-            hidden = hidden + F.linear(attended.flatten(1), layer.output, layer.output_bias)
-            normed = self._rms_norm(hidden, layer.post_norm)
-            gate, up = F.linear(normed, layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
-            hidden = hidden + F.linear(F.silu(gate) * up, layer.down, layer.down_bias)
-        return hidden
+            normed = operations.add_rms_norm(hidden, delta, layer.input_norm, eps)
+            qkv = layer.qkv(normed).view(len(hidden), -1, self.config.head_dim)
+            attended = attend(index, qkv)
+            if index == len(self._layers) - 1:
+                hidden, attended = hidden[sample_rows], attended[sample_rows]
+            normed = operations.add_rms_norm(hidden, layer.output(attended), layer.post_norm, eps)
+            delta = layer.down(operations.silu_and_multiply(layer.gate_up(normed)))
+        return hidden if delta is None else hidden.add_(delta)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Next-token logits of hidden states [n, hidden_size]: [n, vocab_size], in the dtype."""
-        return F.linear(self._rms_norm(hidden, self._norm), self._head)
+        eps = self.config.rms_norm_eps
+        return self._head(self._operations.add_rms_norm(hidden, None, self._norm, eps))
 
-    def _rms_norm(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(hidden, (hidden.shape[-1],), weight, self.config.rms_norm_eps)
+    def _linears(self) -> Iterator[Linear]:
+        yield self._head
+        for layer in self._layers:
+            for part in fields(layer):
+                if isinstance(linear := getattr(layer, part.name), Linear):
+                    yield linear
 
     def _empty_layer(self) -> LlamaLayer:
-        config = self.config
+        config, dtype = self.config, self.dtype
         hidden, inner = config.hidden_size, config.intermediate_size
         queries = config.num_heads * config.head_dim
         qkv = queries + 2 * config.num_kv_heads * config.head_dim
-
-        def empty(*shape: int) -> torch.Tensor:
-            return torch.empty(*shape, dtype=self.dtype)
-
-        def bias(size: int, wanted: bool) -> torch.Tensor | None:
-            return empty(size) if wanted else None
-
         return LlamaLayer(
-            input_norm=empty(hidden),
-            qkv=empty(qkv, hidden),
-            qkv_bias=bias(qkv, config.attention_bias),
-            output=empty(hidden, queries),
-            output_bias=bias(hidden, config.attention_bias),
-            post_norm=empty(hidden),
-            gate_up=empty(2 * inner, hidden),
-            gate_up_bias=bias(2 * inner, config.mlp_bias),
-            down=empty(hidden, inner),
-            down_bias=bias(hidden, config.mlp_bias),
+            input_norm=torch.empty(hidden, dtype=dtype),
+            qkv=Linear(hidden, qkv, dtype=dtype, bias=config.attention_bias),
+            output=Linear(queries, hidden, dtype=dtype, bias=config.attention_bias),
+            post_norm=torch.empty(hidden, dtype=dtype),
+            gate_up=Linear(hidden, 2 * inner, dtype=dtype, bias=config.mlp_bias),
+            down=Linear(inner, hidden, dtype=dtype, bias=config.mlp_bias),
         )
 
     def _places(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -131,21 +125,24 @@ class LlamaModel:
         yield "model.embed_tokens.weight", self._embedding
         yield "model.norm.weight", self._norm
         if not config.tie_word_embeddings:
-            yield "lm_head.weight", self._head
+            yield from _parts(self._head, "lm_head")
         for index, layer in enumerate(self._layers):
             prefix = f"model.layers.{index}"
             yield f"{prefix}.input_layernorm.weight", layer.input_norm
             yield f"{prefix}.post_attention_layernorm.weight", layer.post_norm
-            for kind, qkv, output, gate_up, down in (
-                ("weight", layer.qkv, layer.output, layer.gate_up, layer.down),
-                ("bias", layer.qkv_bias, layer.output_bias, layer.gate_up_bias, layer.down_bias),
-            ):
-                if qkv is not None and output is not None:
-                    for name, part in zip("qkv", torch.split(qkv, qkv_sizes), strict=True):
-                        yield f"{prefix}.self_attn.{name}_proj.{kind}", part
-                    yield f"{prefix}.self_attn.o_proj.{kind}", output
-                if gate_up is not None and down is not None:
-                    gate, up = gate_up.chunk(2)
-                    yield f"{prefix}.mlp.gate_proj.{kind}", gate
-                    yield f"{prefix}.mlp.up_proj.{kind}", up
-                    yield f"{prefix}.mlp.down_proj.{kind}", down
+            attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+            yield from _parts(layer.qkv, *[f"{attention}.{n}_proj" for n in "qkv"], sizes=qkv_sizes)
+            yield from _parts(layer.output, f"{attention}.o_proj")
+            yield from _parts(layer.gate_up, f"{mlp}.gate_proj", f"{mlp}.up_proj")
+            yield from _parts(layer.down, f"{mlp}.down_proj")
+
+
+def _parts(
+    linear: Linear, *names: str, sizes: Sequence[int] | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Views of a fused weight and bias, by the names of their parts; without sizes, equal parts."""
+    for kind, whole in (("weight", linear.weight), ("bias", linear.bias)):
+        if whole is not None:
+            parts = whole.chunk(len(names)) if sizes is None else torch.split(whole, list(sizes))
+            for name, part in zip(names, parts, strict=True):
+                yield f"{name}.{kind}", part

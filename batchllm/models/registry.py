@@ -8,6 +8,8 @@ import torch
 from batchllm.errors import ModelError
 from batchllm.models.config import ModelConfig
 from batchllm.models.llama import Attend, LlamaModel
+from batchllm.models.operations import Operations
+from batchllm.models.rope import RotaryEmbedding
 
 
 class Model(Protocol):
@@ -15,15 +17,16 @@ class Model(Protocol):
 
     config: ModelConfig
     dtype: torch.dtype
+    rotary: RotaryEmbedding
 
     def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Copy weights in by their Hugging Face names."""
         ...
 
     def forward(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, attend: Attend
+        self, token_ids: torch.Tensor, attend: Attend, sample_rows: torch.Tensor
     ) -> torch.Tensor:
-        """Hidden states [num_tokens, hidden_size]."""
+        """Hidden states [num_samples, hidden_size]."""
         ...
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -34,7 +37,7 @@ class Model(Protocol):
 _MODELS = {"LlamaForCausalLM": LlamaModel}
 
 
-def make_model(config: ModelConfig, dtype: torch.dtype) -> Model:
+def make_model(config: ModelConfig, dtype: torch.dtype, operations: Operations) -> Model:
     """Create the model, weights still empty.
 
     Raises:
@@ -44,4 +47,4 @@ def make_model(config: ModelConfig, dtype: torch.dtype) -> Model:
         raise ModelError(
             f"architecture {config.architecture} is not supported; there are: {', '.join(_MODELS)}"
         )
-    return _MODELS[config.architecture](config, dtype)
+    return _MODELS[config.architecture](config, dtype, operations)

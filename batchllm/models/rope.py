@@ -1,28 +1,37 @@
 """Rotary position embeddings."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 
 from batchllm.models.config import ModelConfig, RopeScaling
 
 
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """How a step's queries and keys are rotated: `cos` and `sin`, float32 [num_tokens, d / 2]."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+    def apply(self, states: torch.Tensor) -> torch.Tensor:
+        """Rotate [num_tokens, heads, d], pairs (i, i + d / 2) as Hugging Face lays them out."""
+        cos, sin = self.cos[:, None].to(states.dtype), self.sin[:, None].to(states.dtype)
+        left, right = states.chunk(2, dim=-1)
+        return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
+
+
 class RotaryEmbedding:
-    """Rotates pairs (i, i + head_dim / 2) by position times frequency, as Hugging Face lays out."""
+    """Angles are position times frequency."""
 
     def __init__(self, config: ModelConfig) -> None:
         self._frequencies = rope_frequencies(config)
 
-    def __call__(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines [num_tokens, 1, head_dim / 2], float32, of int64 positions."""
-        angles = positions[:, None, None].float() * self._frequencies
-        return angles.cos(), angles.sin()
-
-    def rotate(self, states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """Rotate [num_tokens, heads, head_dim]; the cosines and sines are this object's own."""
-        cos, sin = cos.to(states.dtype), sin.to(states.dtype)
-        left, right = states.chunk(2, dim=-1)
-        return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
+    def __call__(self, positions: torch.Tensor) -> Rotation:
+        """The rotation of tokens at `positions`, int64 [num_tokens]."""
+        angles = positions[:, None].float() * self._frequencies
+        return Rotation(angles.cos(), angles.sin())
 
 
 def rope_frequencies(config: ModelConfig) -> torch.Tensor:

@@ -7,7 +7,8 @@ import torch
 class KVCache:
     """Keys and values of all layers.
 
-    `keys[layer]` and `values[layer]` are [num_blocks, block_size, num_kv_heads, head_dim]. The
+    `keys[layer]` and `values[layer]` are [num_blocks, block_size, num_kv_heads, head_dim]; where
+    in its block a value lies is up to the attention backend, which alone writes and reads. The
     memory is zero pages of the operating system until it is written, so a generous pool costs
     nothing before it is used; and never-written slots, which masked reads may touch, are no NaNs.
     """
@@ -25,13 +26,6 @@ class KVCache:
         shape = (2, num_layers, num_blocks, block_size, num_kv_heads, head_dim)
         raw = np.zeros(int(np.prod(shape)) * dtype.itemsize, dtype=np.uint8)
         self.keys, self.values = torch.from_numpy(raw).view(dtype).view(shape)
-
-    def write(
-        self, layer: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> None:
-        """Store a step's `key` and `value` [num_tokens, num_kv_heads, head_dim] at `slots`."""
-        self.keys[layer].flatten(0, 1).index_copy_(0, slots, key)
-        self.values[layer].flatten(0, 1).index_copy_(0, slots, value)
 
 
 def kv_bytes_per_token(

@@ -5,10 +5,13 @@ from dataclasses import dataclass
 import torch
 
 from batchllm.attention.backend import make_backend
+from batchllm.attention.native import NativeBackend
 from batchllm.cache.memory import free_memory, num_kv_blocks
 from batchllm.config import EngineConfig
 from batchllm.models.checkpoint import Checkpoint
+from batchllm.models.operations import Operations, TorchOperations
 from batchllm.models.registry import make_model
+from batchllm.native.operations import NativeOperations
 from batchllm.runner.dtype import choose_dtype
 from batchllm.runner.kv_cache import KVCache, kv_bytes_per_token
 from batchllm.runner.torch_runner import TorchRunner
@@ -28,8 +31,11 @@ def load_runner(checkpoint: Checkpoint, config: EngineConfig, max_model_len: int
     shape = checkpoint.config
     name = choose_dtype(config.dtype, shape.dtype)
     dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
-    backend = make_backend(config.attention_backend, config.block_size)
-    model = make_model(shape, dtype)
+    backend = make_backend(config.attention_backend, config.block_size, shape.head_dim)
+    operations: Operations = TorchOperations()
+    if isinstance(backend, NativeBackend):
+        operations = NativeOperations(backend.library)
+    model = make_model(shape, dtype, operations)
     model.load(checkpoint.weights(dtype))
     block_bytes = config.block_size * kv_bytes_per_token(
         shape.num_layers, shape.num_kv_heads, shape.head_dim, dtype
@@ -46,5 +52,5 @@ def load_runner(checkpoint: Checkpoint, config: EngineConfig, max_model_len: int
         head_dim=shape.head_dim,
         dtype=dtype,
     )
-    runner = TorchRunner(model, cache, backend, config.block_size)
+    runner = TorchRunner(model, cache, backend, operations, config.block_size)
     return LoadedRunner(runner, num_blocks, name)

@@ -1,46 +1,66 @@
 """The runner: a batch through the model, on torch."""
 
+from collections.abc import Iterator
+
+import numpy as np
 import torch
 
 from batchllm.attention.backend import AttentionBackend
+from batchllm.models.operations import Operations
 from batchllm.models.registry import Model
 from batchllm.runner.kv_cache import KVCache
 from batchllm.runner.model_input import ModelInput, build_model_input
 from batchllm.sampling.sampler import sample_tokens
 from batchllm.scheduler.batch import Batch, StepOutput
 
+_ROWS = 256  # sampled at a time: their logits stay in the cache, and memory bounded
+
 
 class TorchRunner:
     """Lays a batch out flat, plans its attention once, runs the layers, samples."""
 
     def __init__(
-        self, model: Model, cache: KVCache, backend: AttentionBackend, block_size: int
+        self,
+        model: Model,
+        cache: KVCache,
+        backend: AttentionBackend,
+        operations: Operations,
+        block_size: int,
     ) -> None:
         self._model = model
         self._cache = cache
         self._backend = backend
+        self._operations = operations
         self._block_size = block_size
 
     @torch.inference_mode()
     def execute(self, batch: Batch) -> StepOutput:
         """Run one step."""
         step = build_model_input(batch, self._block_size)
-        return StepOutput(sample_tokens(self.logits(step), step.samples))
+        tokens = np.empty(len(step.samples), dtype=np.int32)
+        begin = 0
+        for logits in self._logits(step):
+            end = begin + len(logits)
+            tokens[begin:end] = sample_tokens(
+                logits, step.samples.part(begin, end), self._operations
+            )
+            begin = end
+        return StepOutput(tokens)
 
     @torch.inference_mode()
     def logits(self, step: ModelInput) -> torch.Tensor:
         """Logits [num_samples, vocab_size] of the tokens to sample, in the model's dtype."""
-        plan = self._backend.plan(step.items, len(step.token_ids))
-        slots = torch.from_numpy(step.slots)
-        cache = self._cache
+        return torch.cat(list(self._logits(step)))
 
-        def attend(
-            layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-        ) -> torch.Tensor:
-            cache.write(layer, slots, key, value)
-            return plan.run(query, key, value, cache.keys[layer], cache.values[layer])
+    def _logits(self, step: ModelInput) -> Iterator[torch.Tensor]:
+        model, cache = self._model, self._cache
+        plan = self._backend.plan(step, model.rotary(torch.from_numpy(step.positions)))
 
-        hidden = self._model.forward(
-            torch.from_numpy(step.token_ids), torch.from_numpy(step.positions), attend
+        def attend(layer: int, qkv: torch.Tensor) -> torch.Tensor:
+            return plan.run(qkv, cache.keys[layer], cache.values[layer])
+
+        hidden = model.forward(
+            torch.from_numpy(step.token_ids), attend, torch.from_numpy(step.sample_rows)
         )
-        return self._model.logits(hidden[torch.from_numpy(step.sample_rows)])
+        for part in torch.split(hidden, _ROWS):
+            yield model.logits(part)

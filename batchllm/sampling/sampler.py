@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from batchllm.models.operations import Operations
 from batchllm.request import SamplingParams, TokenIds
 from batchllm.sampling.random import uniform
 from batchllm.scheduler.batch import Samples
@@ -11,14 +12,14 @@ from batchllm.scheduler.batch import Samples
 _FIRST_LOOK = 1024  # candidates sorted before the whole vocabulary is
 
 
-def sample_tokens(logits: torch.Tensor, samples: Samples) -> TokenIds:
+def sample_tokens(logits: torch.Tensor, samples: Samples, operations: Operations) -> TokenIds:
     """One token for each row of `logits` [num_samples, vocab_size], int32 [num_samples].
 
     Greedy rows take the first largest logit. The others are filtered as Hugging Face and vLLM do,
     temperature, then top-k, then top-p, and drawn by inverting the cumulative distribution at one
     uniform number that depends on the row's seed, its index and the output position alone.
     """
-    tokens: TokenIds = logits.argmax(dim=-1).numpy().astype(np.int32)
+    tokens: TokenIds = operations.argmax(logits).numpy().astype(np.int32)
     used, which = np.unique(samples.params_index, return_inverse=True)
     params = [samples.params[i] for i in used]
     drawn = np.flatnonzero(~np.array([p.greedy for p in params], dtype=np.bool_)[which])

@@ -1,6 +1,6 @@
 """What crosses between scheduler and runner: plain arrays."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,6 +63,11 @@ class Samples:
 
     def __len__(self) -> int:
         return len(self.chunk)
+
+    def part(self, begin: int, end: int) -> "Samples":
+        """Samples `[begin, end)`."""
+        each = {f.name: getattr(self, f.name)[begin:end] for f in fields(self)[:-1]}
+        return Samples(**each, params=self.params)
 
 
 @dataclass(frozen=True, slots=True)

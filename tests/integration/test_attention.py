@@ -1,4 +1,4 @@
-"""The CPU backend against the reference, on batches that a real scheduler made."""
+"""The fast backends against the reference, on batches that a real scheduler made."""
 
 import numpy as np
 import pytest
@@ -7,10 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchllm.attention.backend import backend_names, make_backend
-from batchllm.attention.cpu import merge_state
+from batchllm.attention.cascade import TorchBackend, merge_state
+from batchllm.attention.native import NativeBackend
 from batchllm.cache.block_pool import BlockPool
 from batchllm.engine import Engine
 from batchllm.errors import UsageError
+from batchllm.models.rope import Rotation
+from batchllm.native.library import load_library, usable_targets
 from batchllm.prefix.plan import plan_requests
 from batchllm.request import Request, SamplingParams
 from batchllm.runner.fake_runner import FakeRunner
@@ -18,78 +21,133 @@ from batchllm.runner.kv_cache import KVCache
 from batchllm.runner.model_input import build_model_input
 from batchllm.scheduler.scheduler import Scheduler
 
-BLOCK_SIZE, NUM_BLOCKS = 4, 400
+NUM_BLOCKS = 400
+NATIVE = [target for target in usable_targets() if load_library(target)]
 
 
 class AttentionCheck:
-    """A runner that fills a one-layer cache with noise and compares backends every step."""
+    """A runner with one layer of noise that holds a backend against the reference every step.
 
-    def __init__(self, kv_heads, group, head_dim, dtype, tolerance):
-        self.fake = FakeRunner(NUM_BLOCKS, BLOCK_SIZE)
-        self.shape, self.group, self.dtype = (kv_heads, head_dim), group, dtype
-        self.tolerance = tolerance
-        self.cache = KVCache(
-            num_layers=1,
-            num_blocks=NUM_BLOCKS,
-            block_size=BLOCK_SIZE,
-            num_kv_heads=kv_heads,
-            head_dim=head_dim,
-            dtype=dtype,
-        )
-        self.backends = [make_backend(n, BLOCK_SIZE) for n in ("reference", "cpu")]
+    Each has a cache of its own, since each lays it out as it likes.
+    """
+
+    def __init__(self, backend, *, block_size, kv_heads, group, head_dim, dtype, tolerance):
+        self.fake = FakeRunner(NUM_BLOCKS, block_size)
+        self.block_size, self.tolerance, self.dtype = block_size, tolerance, dtype
+        self.shape = ((group + 2) * kv_heads, head_dim)
+        self.backends = [make_backend("reference", block_size, head_dim), backend]
+        self.caches = [
+            KVCache(
+                num_layers=1,
+                num_blocks=NUM_BLOCKS,
+                block_size=block_size,
+                num_kv_heads=kv_heads,
+                head_dim=head_dim,
+                dtype=dtype,
+            )
+            for _ in self.backends
+        ]
         self.noise = torch.Generator().manual_seed(0)
         self.steps = 0
 
     def execute(self, batch):
-        step = build_model_input(batch, BLOCK_SIZE)
-        count, (kv_heads, head_dim) = batch.num_tokens, self.shape
-        query = self.random(count, kv_heads * self.group, head_dim) * 3
-        key, value = self.random(count, kv_heads, head_dim), self.random(count, kv_heads, head_dim)
-        self.cache.write(0, torch.from_numpy(step.slots), key, value)
+        step = build_model_input(batch, self.block_size)
+        qkv = torch.randn(batch.num_tokens, *self.shape, generator=self.noise) * 2
+        angles = torch.randn(batch.num_tokens, self.shape[1] // 2, generator=self.noise)
+        rotation = Rotation(angles.cos(), angles.sin())
         expected, got = (
-            b.plan(step.items, count).run(
-                query, key, value, self.cache.keys[0], self.cache.values[0]
-            )
-            for b in self.backends
+            backend.plan(step, rotation).run(qkv.to(self.dtype), cache.keys[0], cache.values[0])
+            for backend, cache in zip(self.backends, self.caches, strict=True)
         )
-        assert got.shape == query.shape and got.dtype == self.dtype
+        assert got.shape == expected.shape and got.dtype == self.dtype
         torch.testing.assert_close(got, expected, atol=self.tolerance, rtol=self.tolerance)
         self.steps += 1
         return self.fake.execute(batch)
 
-    def random(self, *shape):
-        return torch.randn(*shape, generator=self.noise).to(self.dtype)
+
+class StaleCheck(AttentionCheck):
+    """Blocks hold NaNs until a step writes to them, as after a sequence that went astray."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        for tensor in (self.caches[1].keys, self.caches[1].values):
+            tensor.fill_(torch.nan)
 
 
-def check(rows, *, budget=24, group=3, kv_heads=2, head_dim=8, dtype=torch.float32, tolerance=1e-5):
+def check(
+    rows,
+    backend,
+    *,
+    checker=AttentionCheck,
+    block_size=4,
+    budget=24,
+    group=3,
+    kv_heads=2,
+    head_dim=8,
+    dtype=torch.float32,
+    tolerance=5e-5,
+):
+    """Answer rows with two runners side by side; returns the number of steps."""
     requests = [
         Request(i, np.array(p, np.int32), SamplingParams(max_tokens=m))
         for i, (p, m) in enumerate(rows)
     ]
     scheduler = Scheduler(
-        BlockPool(NUM_BLOCKS, BLOCK_SIZE),
-        max_model_len=200,
+        BlockPool(NUM_BLOCKS, block_size),
+        max_model_len=1000,
         max_num_batched_tokens=budget,
         max_num_seqs=64,
     )
-    runner = AttentionCheck(kv_heads, group, head_dim, dtype, tolerance)
+    if isinstance(backend, str):
+        backend = make_backend(backend, block_size, head_dim)
+    runner = checker(
+        backend,
+        block_size=block_size,
+        kv_heads=kv_heads,
+        group=group,
+        head_dim=head_dim,
+        dtype=dtype,
+        tolerance=tolerance,
+    )
     list(Engine(scheduler, runner).run(plan_requests(requests)))
     return runner.steps
 
 
-@given(
-    st.lists(
-        st.tuples(st.lists(st.integers(0, 1), min_size=1, max_size=30), st.integers(1, 6)),
-        min_size=1,
-        max_size=12,
-    ),
-    st.integers(1, 50),
-    st.sampled_from([(1, 1, 16), (2, 3, 8), (3, 2, 4), (5, 1, 2)]),
+TREES = st.lists(
+    st.tuples(st.lists(st.integers(0, 1), min_size=1, max_size=30), st.integers(1, 6)),
+    min_size=1,
+    max_size=12,
 )
+
+
+@given(TREES, st.integers(1, 50), st.sampled_from([(1, 1, 16), (2, 3, 8), (3, 2, 4), (5, 1, 2)]))
 @settings(max_examples=60, deadline=None)
-def test_cpu_backend_equals_reference_on_random_trees(rows, budget, shape):
+def test_torch_backend_equals_reference_on_random_trees(rows, budget, shape):
     kv_heads, group, head_dim = shape
-    assert check(rows, budget=budget, kv_heads=kv_heads, group=group, head_dim=head_dim) > 0
+    assert check(rows, "torch", budget=budget, kv_heads=kv_heads, group=group, head_dim=head_dim)
+
+
+@pytest.mark.parametrize("target", NATIVE)
+@given(
+    TREES,
+    st.integers(1, 50),
+    st.sampled_from([16, 32]),
+    st.sampled_from([(1, 1, 16), (2, 3, 64), (3, 2, 80), (1, 8, 128), (5, 1, 48)]),
+)
+@settings(max_examples=40, deadline=None)
+def test_native_backend_equals_reference_on_random_trees(target, rows, budget, block_size, shape):
+    kv_heads, group, head_dim = shape
+    steps = check(
+        rows,
+        NativeBackend(block_size, head_dim, load_library(target)),
+        checker=StaleCheck,
+        block_size=block_size,
+        budget=budget,
+        kv_heads=kv_heads,
+        group=group,
+        head_dim=head_dim,
+    )
+    assert steps > 0
 
 
 def deep_tree():
@@ -98,12 +156,36 @@ def deep_tree():
     return [(head + [2] * (i % 3 * 20) + [i % 5] + [9, i], 3 + i % 7) for i in range(3, 40)]
 
 
+def long_rows():
+    """Contexts of several passes of keys, with decodes and chunks that end anywhere in one."""
+    head = [i % 7 for i in range(530)]
+    return [(head[: 130 * i] + [9 + i] * (1 + 37 * i), 2 + i) for i in range(5)] * 2
+
+
 def test_long_shared_prefixes_are_read_once_for_all():
-    assert check(deep_tree(), budget=64) > 5
+    assert check(deep_tree(), "torch", budget=64) > 5
+
+
+@pytest.mark.parametrize("rows", [deep_tree(), long_rows()], ids=["deep", "long"])
+@pytest.mark.parametrize("block_size", [16, 512])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("target", NATIVE)
+def test_native_backend_equals_reference_on_long_contexts(target, dtype, block_size, rows):
+    steps = check(
+        rows,
+        NativeBackend(block_size, 64, load_library(target)),
+        checker=StaleCheck,
+        block_size=block_size,
+        budget=200,
+        head_dim=64,
+        dtype=dtype,
+        tolerance=5e-5 if dtype == torch.float32 else 3e-2,
+    )
+    assert steps > 5
 
 
 def test_bfloat16_stays_within_its_rounding():
-    assert check(deep_tree(), budget=64, dtype=torch.bfloat16, tolerance=3e-2) > 5
+    assert check(deep_tree(), "torch", budget=64, dtype=torch.bfloat16, tolerance=3e-2) > 5
 
 
 def test_merge_state_equals_one_softmax():
@@ -124,5 +206,16 @@ def test_merge_state_equals_one_softmax():
 
 def test_unknown_backend_names_the_known():
     with pytest.raises(UsageError, match="reference"):
-        make_backend("turbo", BLOCK_SIZE)
-    assert "cpu" in backend_names()
+        make_backend("turbo", 16, 64)
+    assert {"native", "torch"} <= set(backend_names())
+
+
+def test_auto_takes_the_kernels_where_they_fit_and_torch_elsewhere():
+    assert isinstance(make_backend("auto", 16, 64), NativeBackend if NATIVE else TorchBackend)
+    assert isinstance(make_backend("auto", 4, 64), TorchBackend)
+
+
+@pytest.mark.parametrize("block_size, head_dim", [(8, 64), (48, 64), (16, 40)])
+def test_native_backend_refuses_what_the_kernel_cannot_do(block_size, head_dim):
+    with pytest.raises(UsageError, match=r"block_size|head_dim|compiled"):
+        make_backend("native", block_size, head_dim)

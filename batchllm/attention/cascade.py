@@ -1,4 +1,4 @@
-"""The torch CPU backend: shared segments once for all members, merged by log-sum-exp."""
+"""Attention in torch's own kernels: shared segments once for all members, merged by log-sum-exp."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from batchllm.runner.model_input import AttentionItems
+from batchllm.attention.write import rotate_and_write
+from batchllm.models.rope import Rotation
+from batchllm.runner.model_input import AttentionItems, ModelInput
 
 Ints = NDArray[np.int64]
 
@@ -39,7 +41,7 @@ class DecodeBucket:
     bias: torch.Tensor
 
 
-class CpuBackend:
+class TorchBackend:
     """Cascade attention out of torch's flash kernel, which returns its log-sum-exp.
 
     Each query's context is a list of segments. A shared segment is read once for all the queries
@@ -49,11 +51,12 @@ class CpuBackend:
     own and is folded into their private blocks.
     """
 
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, block_size: int, head_dim: int) -> None:
         self._block_size = block_size
 
-    def plan(self, items: AttentionItems, num_tokens: int) -> "CpuPlan":
+    def plan(self, step: ModelInput, rotation: Rotation) -> "TorchPlan":
         """Sort the step's items into calls."""
+        items, num_tokens = step.items, len(step.token_ids)
         queries = items.query_end - items.query_begin
         decodes = np.flatnonzero(items.own & (queries == 1))
         is_decode = np.zeros(num_tokens, dtype=np.int64)
@@ -72,7 +75,9 @@ class CpuBackend:
             for i in chunks.tolist()
             if items.kv_len[i] > queries[i]
         ]
-        return CpuPlan(
+        return TorchPlan(
+            rotation=rotation,
+            slots=torch.from_numpy(step.slots),
             chunks=[(int(items.query_begin[i]), int(items.query_end[i])) for i in chunks],
             buckets=self._buckets(items, decodes, folded),
             reads=reads,
@@ -124,29 +129,24 @@ class CpuBackend:
 
 
 @dataclass(frozen=True, slots=True)
-class CpuPlan:
+class TorchPlan:
     """Calls of one step; `chunks` are the query ranges that attend causally to themselves.
 
     Chunks and buckets together cover every query once, so they write their results; `reads` are
     merged into them.
     """
 
+    rotation: Rotation
+    slots: torch.Tensor
     chunks: list[tuple[int, int]]
     buckets: list[DecodeBucket]
     reads: list[SegmentRead]
 
-    def run(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        key_cache: torch.Tensor,
-        value_cache: torch.Tensor,
-    ) -> torch.Tensor:
+    def run(self, qkv: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """See `LayerPlan.run`."""
-        num_tokens, num_heads, head_dim = query.shape
-        num_kv_heads = key_cache.shape[2]
-        grouped = query.view(num_tokens, num_kv_heads, -1, head_dim)
+        query, key, value = rotate_and_write(self.rotation, self.slots, qkv, keys, values)
+        num_tokens = len(query)
+        grouped = query.view(num_tokens, keys.shape[2], -1, keys.shape[3])
         # Only queries that a shared or earlier segment is merged into need float32 states.
         out = query.new_empty(grouped.shape, dtype=torch.float32 if self.reads else query.dtype)
         lse = query.new_empty(grouped.shape[:3], dtype=torch.float32)
@@ -156,16 +156,14 @@ class CpuPlan:
             )
             out[begin:end], lse[begin:end] = partial, partial_lse
         for bucket in self.buckets:
-            partial, partial_lse = _attend_bucket(
-                grouped[bucket.rows], key_cache, value_cache, bucket
-            )
+            partial, partial_lse = _attend_bucket(grouped[bucket.rows], keys, values, bucket)
             out[bucket.rows], lse[bucket.rows] = partial.to(out.dtype), partial_lse
         for read in self.reads:
             segment = slice(read.begin, read.end)
-            keys = key_cache[read.blocks].flatten(0, 1)[: read.kv_len]
-            values = value_cache[read.blocks].flatten(0, 1)[: read.kv_len]
-            merge_state(out[segment], lse[segment], *_attend(grouped[segment], keys, values))
-        return out.to(query.dtype).view(num_tokens, num_heads, head_dim)
+            k = keys[read.blocks].flatten(0, 1)[: read.kv_len]
+            v = values[read.blocks].flatten(0, 1)[: read.kv_len]
+            merge_state(out[segment], lse[segment], *_attend(grouped[segment], k, v))
+        return out.to(query.dtype).view(num_tokens, -1)
 
 
 def merge_state(

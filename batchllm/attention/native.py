@@ -1,0 +1,156 @@
+"""Attention by the compiled kernels: one parallel call a layer."""
+
+import ctypes
+from ctypes import c_int32, c_int64, c_void_p
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from batchllm.errors import UsageError
+from batchllm.models.rope import Rotation
+from batchllm.native.library import NativeLibrary, load_library
+from batchllm.runner.model_input import AttentionItems, ModelInput
+
+Ints = NDArray[np.int64]
+
+_WIDTH = 16  # the widest vectors have so many lanes; a block must be whole ones of them
+_TILE_ROWS = 96  # queries times heads of a group: their state stays in the first-level cache
+_UNITS_A_THREAD = 4  # at least so many, as far as there are queries, so that threads end together
+
+
+class _Step(ctypes.Structure):
+    """`Step` of native/src/attention.h."""
+
+    _fields_ = [
+        *[(name, c_int64) for name in ("num_tokens", "num_tiles")],
+        *[(name, c_int32) for name in ("num_heads", "num_kv_heads", "head_dim")],
+        *[(name, c_int32) for name in ("block_size", "tile_size", "is_bfloat16")],
+        *[(name, c_void_p) for name in ("slots", "cos", "sin")],
+        *[(name, c_void_p) for name in ("query_begin", "query_end", "kv_len", "own")],
+        *[(name, c_void_p) for name in ("block_offsets", "block_ids")],
+        *[(name, c_void_p) for name in ("tile_order", "tile_offsets", "tile_items")],
+    ]
+
+
+class _Layer(ctypes.Structure):
+    """`Layer` of native/src/attention.h."""
+
+    _fields_ = [(name, c_void_p) for name in ("qkv", "keys", "values", "out")]
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """Neighbouring queries that are attended together, and the items each tile reads.
+
+    Tile t is the queries `[t * size, (t + 1) * size)` and reads `items[offsets[t]:offsets[t + 1]]`;
+    `order` [num_tiles] has the dearest first.
+    """
+
+    size: int
+    order: Ints
+    offsets: Ints
+    items: Ints
+
+    @classmethod
+    def of(cls, items: AttentionItems, num_tokens: int, size: int) -> "Tiles":
+        """Cut `num_tokens` queries into tiles."""
+        num_tiles = -(-num_tokens // size)
+        first, last = items.query_begin // size, (items.query_end - 1) // size
+        count = last - first + 1
+        item = np.repeat(np.arange(len(items)), count)
+        tile = np.arange(len(item)) - np.repeat(np.cumsum(count) - count - first, count)
+        begin = np.maximum(items.query_begin[item], tile * size)
+        end = np.minimum(items.query_end[item], (tile + 1) * size)
+        unseen = np.where(items.own[item], items.query_end[item] - end, 0)
+        cost = (end - begin) * (items.kv_len[item] - unseen)
+        by_tile = np.argsort(tile, kind="stable")
+        return cls(
+            size=size,
+            order=np.argsort(-np.bincount(tile, cost, num_tiles), kind="stable"),
+            offsets=np.concatenate([[0], np.cumsum(np.bincount(tile, minlength=num_tiles))]),
+            items=item[by_tile],
+        )
+
+
+class NativeBackend:
+    """Attention over the prefix tree in one parallel call a layer (native/src/attention.cpp).
+
+    Keys and values lie in their block as the kernel's products want them, not token after token.
+
+    Raises:
+        UsageError: no kernels were compiled, or they cannot do these sizes.
+    """
+
+    def __init__(
+        self, block_size: int, head_dim: int, library: NativeLibrary | None = None
+    ) -> None:
+        library = library or load_library()
+        if library is None:
+            raise UsageError(
+                "attention backend native: no kernels were compiled when batchllm was installed; "
+                "install g++ and then batchllm again"
+            )
+        if block_size % _WIDTH or block_size & (block_size - 1):
+            raise UsageError(
+                f"attention backend native: block_size is {block_size}; it must be a power of two, "
+                f"{_WIDTH} or more"
+            )
+        if head_dim % _WIDTH:
+            raise UsageError(
+                f"attention backend native: head_dim is {head_dim}, not a multiple of {_WIDTH}"
+            )
+        self.library = library
+        self._block_size = block_size
+
+    def plan(self, step: ModelInput, rotation: Rotation) -> "NativePlan":
+        """Everything but the tiles is the step's own arrays."""
+        return NativePlan(self.library, step, rotation, self._block_size)
+
+
+class NativePlan:
+    """A step for the kernel. The tiles depend on the heads, so they are cut at the first layer."""
+
+    def __init__(
+        self, library: NativeLibrary, step: ModelInput, rotation: Rotation, block_size: int
+    ) -> None:
+        self._library = library
+        self._input = step
+        self._rotation = rotation
+        self._block_size = block_size
+        self._tiles: Tiles | None = None  # with the step and the rotation: what `_step` points to
+        self._step = _Step()
+
+    def run(self, qkv: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """See `LayerPlan.run`."""
+        assert qkv.is_contiguous() and keys.is_contiguous() and values.is_contiguous()
+        num_tokens, width, head_dim = qkv.shape
+        num_heads = width - 2 * keys.shape[2]
+        if self._tiles is None:
+            self._tiles = self._prepare(num_heads, keys.shape[2], head_dim, qkv.dtype)
+        out = qkv.new_empty(num_tokens, num_heads * head_dim)
+        layer = _Layer(qkv.data_ptr(), keys.data_ptr(), values.data_ptr(), out.data_ptr())
+        self._library.attention(ctypes.byref(self._step), ctypes.byref(layer))
+        return out
+
+    def _prepare(
+        self, num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> Tiles:
+        items, num_tokens = self._input.items, len(self._input.token_ids)
+        even = num_tokens * num_kv_heads // (_UNITS_A_THREAD * torch.get_num_threads())
+        tiles = Tiles.of(
+            items, num_tokens, max(1, min(even, _TILE_ROWS * num_kv_heads // num_heads))
+        )
+        step = self._step
+        step.num_tokens, step.num_tiles, step.tile_size = num_tokens, len(tiles.order), tiles.size
+        step.num_heads, step.num_kv_heads, step.head_dim = num_heads, num_kv_heads, head_dim
+        step.block_size, step.is_bfloat16 = self._block_size, dtype == torch.bfloat16
+        step.cos, step.sin = self._rotation.cos.data_ptr(), self._rotation.sin.data_ptr()
+        arrays = {name: getattr(items, name) for name in ("query_begin", "query_end", "kv_len")}
+        arrays |= {name: getattr(items, name) for name in ("own", "block_offsets", "block_ids")}
+        arrays |= {f"tile_{name}": getattr(tiles, name) for name in ("order", "offsets", "items")}
+        for name, array in (arrays | {"slots": self._input.slots}).items():
+            assert array.flags.c_contiguous and array.itemsize == (1 if name == "own" else 8), name
+            setattr(step, name, array.ctypes.data)
+        return tiles

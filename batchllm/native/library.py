@@ -1,0 +1,73 @@
+"""Finding and loading the compiled kernels.
+
+setup.py compiles the same sources once for each kind of processor; the best that this one runs is
+loaded. The library needs no headers of torch or Python, and no OpenMP of its own: loaded after
+torch, it takes torch's, so that there is one pool of threads in the process.
+"""
+
+import ctypes
+from ctypes import c_float, c_int32, c_int64, c_void_p
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch  # noqa: F401  (its OpenMP must be there first)
+
+_HERE = Path(__file__).parent
+# Best first, with the processor's flags that each needs.
+_NEEDS: dict[str, frozenset[str]] = {
+    "avx512_bf16": frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"}),
+    "avx512": frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"}),
+    "avx2": frozenset({"avx2", "fma"}),
+    "portable": frozenset(),
+}
+
+
+class NativeLibrary:
+    """The kernels compiled for one kind of processor. Pointers are to contiguous memory."""
+
+    def __init__(self, target: str, path: Path) -> None:
+        self.target = target
+        library = ctypes.CDLL(str(path))
+        self.attention = library.batchllm_attention
+        self.attention.argtypes = [c_void_p, c_void_p]
+        self.add_rms_norm = library.batchllm_add_rms_norm
+        self.add_rms_norm.argtypes = [c_int32, c_int64, c_int64, c_float, *[c_void_p] * 4]
+        self.silu_and_multiply = library.batchllm_silu_and_multiply
+        self.silu_and_multiply.argtypes = [c_int32, c_int64, c_int64, c_void_p, c_void_p]
+        self.argmax = library.batchllm_argmax
+        self.argmax.argtypes = [c_int32, c_int64, c_int64, c_void_p, c_void_p]
+        for function in (self.attention, self.add_rms_norm, self.silu_and_multiply, self.argmax):
+            function.restype = None
+
+
+def usable_targets(cpuinfo: Path = Path("/proc/cpuinfo"), home: Path = _HERE) -> list[str]:
+    """The kinds of processor that the kernels are compiled for and this one is, best first."""
+    try:
+        flags = frozenset(cpuinfo.read_text().split())
+    except OSError:
+        flags = frozenset()
+    return [name for name, needed in _NEEDS.items() if needed <= flags and _path(name, home)]
+
+
+@cache
+def load_library(target: str | None = None) -> NativeLibrary | None:
+    """The kernels for `target`, by default the best that runs here; None where there are none.
+
+    A library that is there but does not load (built by a compiler whose OpenMP is not torch's) is
+    as good as none.
+    """
+    for name in usable_targets():
+        path = _path(name, _HERE)
+        if path is None or (target is not None and name != target):
+            continue
+        try:
+            return NativeLibrary(name, path)
+        except OSError:
+            continue
+    return None
+
+
+def _path(target: str, home: Path) -> Path | None:
+    found = [home / f"_{target}{suffix}" for suffix in EXTENSION_SUFFIXES]
+    return next((path for path in found if path.exists()), None)

@@ -1,0 +1,50 @@
+"""The operations between products, compiled: one pass over memory each."""
+
+import torch
+
+from batchllm.native.library import NativeLibrary
+
+
+class NativeOperations:
+    """`Operations` (models/operations.py) on contiguous bfloat16 or float32 tensors."""
+
+    def __init__(self, library: NativeLibrary) -> None:
+        self._library = library
+
+    def add_rms_norm(
+        self, hidden: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        """See `Operations`."""
+        out = torch.empty_like(hidden)
+        self._library.add_rms_norm(
+            _is_bfloat16(hidden, weight, *([] if delta is None else [delta])),
+            *hidden.shape,
+            eps,
+            hidden.data_ptr(),
+            None if delta is None else delta.data_ptr(),
+            weight.data_ptr(),
+            out.data_ptr(),
+        )
+        return out
+
+    def silu_and_multiply(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """See `Operations`."""
+        rows, size = len(gate_up), gate_up.shape[1] // 2
+        out = gate_up.new_empty(rows, size)
+        self._library.silu_and_multiply(
+            _is_bfloat16(gate_up), rows, size, gate_up.data_ptr(), out.data_ptr()
+        )
+        return out
+
+    def argmax(self, logits: torch.Tensor) -> torch.Tensor:
+        """See `Operations`."""
+        out = torch.empty(len(logits), dtype=torch.int32)
+        self._library.argmax(_is_bfloat16(logits), *logits.shape, logits.data_ptr(), out.data_ptr())
+        return out
+
+
+def _is_bfloat16(*tensors: torch.Tensor) -> bool:
+    dtype = tensors[0].dtype
+    assert dtype in (torch.bfloat16, torch.float32), dtype
+    assert all(t.is_contiguous() and t.dtype == dtype for t in tensors)
+    return dtype == torch.bfloat16

@@ -1,0 +1,44 @@
+// What Python hands over; the fields' order is that of native/attention.py.
+#pragma once
+
+#include <cstdint>
+
+extern "C" {
+
+// One step. Items are those of runner/model_input.py; a tile is `tile_size` neighbouring queries,
+// and `tile_items[tile_offsets[t] : tile_offsets[t + 1]]` are the items that any of them reads.
+// `tile_order` [num_tiles] names the dearest tiles first. cos and sin are [num_tokens, head_dim / 2].
+struct Step {
+    int64_t num_tokens;
+    int64_t num_tiles;
+    int32_t num_heads;
+    int32_t num_kv_heads;
+    int32_t head_dim;
+    int32_t block_size;
+    int32_t tile_size;
+    int32_t is_bfloat16;
+    const int64_t* slots;
+    const float* cos;
+    const float* sin;
+    const int64_t* query_begin;
+    const int64_t* query_end;
+    const int64_t* kv_len;
+    const uint8_t* own;
+    const int64_t* block_offsets;
+    const int64_t* block_ids;
+    const int64_t* tile_order;
+    const int64_t* tile_offsets;
+    const int64_t* tile_items;
+};
+
+// One layer of it: qkv [num_tokens, heads + 2 kv_heads, head_dim], queries and keys not yet
+// rotated (the queries and keys are rotated in place), its cache, and out [num_tokens, heads,
+// head_dim].
+struct Layer {
+    void* qkv;
+    void* keys;
+    void* values;
+    void* out;
+};
+
+}

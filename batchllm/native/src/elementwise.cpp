@@ -1,0 +1,120 @@
+// What lies between the products: one pass over memory each, sums in float32.
+#include "elementwise.h"
+
+#include <cmath>
+
+#include "simd.h"
+
+namespace {
+
+// hidden += delta (where there is one), then normed = hidden / rms(hidden) * weight.
+template <typename T>
+void add_rms_norm(
+    int64_t rows, int64_t size, float epsilon, void* hidden, const void* delta, const void* weight,
+    void* normed) {
+    typedef typename T::Value Value;
+    const int64_t whole = size - size % W;
+    const Value* scale = static_cast<const Value*>(weight);
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < rows; i++) {
+        Value* row = static_cast<Value*>(hidden) + i * size;
+        Value* to = static_cast<Value*>(normed) + i * size;
+        if (delta != nullptr) {
+            const Value* more = static_cast<const Value*>(delta) + i * size;
+            for (int64_t j = 0; j < whole; j += W)
+                T::narrow(row + j, T::widen(row + j) + T::widen(more + j));
+            for (int64_t j = whole; j < size; j++) row[j] = T::put(T::get(row[j]) + T::get(more[j]));
+        }
+        Floats squares{};
+        for (int64_t j = 0; j < whole; j += W) {
+            const Floats x = T::widen(row + j);
+            squares += x * x;
+        }
+        float total = sum(squares);
+        for (int64_t j = whole; j < size; j++) total += T::get(row[j]) * T::get(row[j]);
+        const float inverse = 1.0f / std::sqrt(total / float(size) + epsilon);
+        for (int64_t j = 0; j < whole; j += W)
+            T::narrow(to + j, T::widen(row + j) * inverse * T::widen(scale + j));
+        for (int64_t j = whole; j < size; j++)
+            to[j] = T::put(T::get(row[j]) * inverse * T::get(scale[j]));
+    }
+}
+
+INLINE Floats silu(Floats x) {  // x / (1 + e^-x), by the exponential of -|x|, which is never large
+    const Floats small = exp2_of_negative((x < 0.0f ? x : -x) * float(M_LOG2E));
+    return (x < 0.0f ? x * small : x) / (1.0f + small);
+}
+
+// out[., j] = silu(gate_up[., j]) * gate_up[., size + j].
+template <typename T>
+void silu_and_multiply(int64_t rows, int64_t size, const void* gate_up, void* out) {
+    typedef typename T::Value Value;
+    const int64_t whole = size - size % W;
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < rows; i++) {
+        const Value* gate = static_cast<const Value*>(gate_up) + i * 2 * size;
+        const Value* up = gate + size;
+        Value* to = static_cast<Value*>(out) + i * size;
+        for (int64_t j = 0; j < whole; j += W)
+            T::narrow(to + j, silu(T::widen(gate + j)) * T::widen(up + j));
+        for (int64_t j = whole; j < size; j++)
+            to[j] = T::put(silu(broadcast(T::get(gate[j])))[0] * T::get(up[j]));
+    }
+}
+
+// The first of each row's largest values.
+template <typename T>
+void argmax(int64_t rows, int64_t size, const void* values, int32_t* out) {
+    typedef typename T::Value Value;
+    const int64_t whole = size - size % W;
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < rows; i++) {
+        const Value* row = static_cast<const Value*>(values) + i * size;
+        Floats best = broadcast(-INFINITY);
+        Words where{}, lane;
+        for (int j = 0; j < W; j++) lane[j] = j;
+        for (int64_t j = 0; j < whole; j += W) {
+            const Floats x = T::widen(row + j);
+            const Words more = x > best;
+            best = more ? x : best;
+            where = more ? lane + int32_t(j) : where;
+        }
+        float most = best[0];
+        int32_t first = where[0];
+        for (int j = 1; j < W; j++)
+            if (best[j] > most || (best[j] == most && where[j] < first)) {
+                most = best[j];
+                first = where[j];
+            }
+        for (int64_t j = whole; j < size; j++)
+            if (T::get(row[j]) > most) {
+                most = T::get(row[j]);
+                first = int32_t(j);
+            }
+        out[i] = first;
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+void batchllm_add_rms_norm(
+    int32_t is_bfloat16, int64_t rows, int64_t size, float epsilon, void* hidden,
+    const void* delta, const void* weight, void* normed) {
+    (is_bfloat16 ? add_rms_norm<Bfloat16> : add_rms_norm<Float32>)(
+        rows, size, epsilon, hidden, delta, weight, normed);
+}
+
+void batchllm_silu_and_multiply(
+    int32_t is_bfloat16, int64_t rows, int64_t size, const void* gate_up, void* out) {
+    (is_bfloat16 ? silu_and_multiply<Bfloat16> : silu_and_multiply<Float32>)(
+        rows, size, gate_up, out);
+}
+
+void batchllm_argmax(
+    int32_t is_bfloat16, int64_t rows, int64_t size, const void* values, int32_t* out) {
+    (is_bfloat16 ? argmax<Bfloat16> : argmax<Float32>)(rows, size, values, out);
+}
+
+}

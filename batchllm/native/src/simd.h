@@ -1,0 +1,147 @@
+// Vectors of W float lanes, and products of bfloat16 pairs or of floats in them.
+//
+// Written in the vector extensions that GCC and Clang share, so one source serves every processor;
+// intrinsics only where a processor multiplies bfloat16 itself. The library is compiled once for
+// each kind of processor (setup.py), and native/library.py loads the best that the machine runs.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+constexpr int W = 16;
+#elif defined(__AVX2__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+// Registers for the accumulators of a tile: ROWS x COLUMNS of them, and a few to spare.
+#if defined(__AVX512F__)
+constexpr int ROWS = 6, COLUMNS = 4;
+#else
+constexpr int ROWS = 4, COLUMNS = 2;
+#endif
+
+typedef float Floats __attribute__((vector_size(W * 4)));
+typedef int32_t Words __attribute__((vector_size(W * 4)));
+
+#define INLINE inline __attribute__((always_inline))
+
+template <typename V>
+INLINE V load(const void* from) {
+    V v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+}
+
+template <typename V>
+INLINE void store(void* to, V v) {
+    std::memcpy(to, &v, sizeof v);
+}
+
+INLINE Floats broadcast(float x) { return Floats{} + x; }
+
+INLINE Floats largest(Floats a, Floats b) { return a > b ? a : b; }
+
+INLINE float largest(Floats v) {
+    float x = v[0];
+    for (int i = 1; i < W; i++) x = v[i] > x ? v[i] : x;
+    return x;
+}
+
+INLINE float sum(Floats v) {
+    float x = 0;
+    for (int i = 0; i < W; i++) x += v[i];
+    return x;
+}
+
+// 2^x for x <= 0, exact to 2e-7; 0 below -126.
+INLINE Floats exp2_of_negative(Floats x) {
+    const Floats round = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    const Floats shifted = x + round;
+    const Floats f = x - (shifted - round);
+    Floats p = broadcast(1.5403530e-4f);
+    p = p * f + 1.3333558e-3f;
+    p = p * f + 9.6181291e-3f;
+    p = p * f + 5.5504109e-2f;
+    p = p * f + 2.4022651e-1f;
+    p = p * f + 6.9314718e-1f;
+    p = p * f + 1.0f;
+    const Words exponent = ((Words)shifted - (Words)round) << 23;
+    return x < -126.0f ? Floats{} : (Floats)((Words)p + exponent);
+}
+
+INLINE float float_of(uint16_t x) {
+    const uint32_t bits = uint32_t(x) << 16;
+    float f;
+    std::memcpy(&f, &bits, 4);
+    return f;
+}
+
+INLINE uint16_t bfloat16_of(float x) {  // to the nearest, ties to even; a NaN stays one
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return uint16_t(bits >> 16 | 0x40);
+    return uint16_t((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
+}
+
+// How values are stored. GROUP neighbours along the summed axis lie side by side in one 32-bit
+// word, so that a vector holds W columns and a broadcast word GROUP values of a row.
+struct Bfloat16 {
+    typedef uint16_t Value;
+    static constexpr int GROUP = 2;
+
+    static INLINE float get(Value x) { return float_of(x); }
+    static INLINE Value put(float x) { return bfloat16_of(x); }
+
+    static INLINE Floats widen(const Value* from) {
+#if defined(__AVX512F__)
+        return (Floats)_mm512_slli_epi32(
+            _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16);
+#else
+        Floats v;
+        for (int i = 0; i < W; i++) v[i] = float_of(from[i]);
+        return v;
+#endif
+    }
+    static INLINE void narrow(Value* to, Floats v) {
+#if defined(__AVX512BF16__)
+        const __m256bh narrowed = _mm512_cvtneps_pbh((__m512)v);
+        std::memcpy(to, &narrowed, sizeof narrowed);
+#else
+        for (int i = 0; i < W; i++) to[i] = bfloat16_of(v[i]);
+#endif
+    }
+    // sum += columns[lane] . row, over one group.
+    static INLINE Floats add_product(Floats sum, Words columns, const Value* row) {
+#if defined(__AVX512BF16__)
+        int32_t word;
+        std::memcpy(&word, row, 4);
+        return (Floats)_mm512_dpbf16_ps(
+            (__m512)sum, (__m512bh)columns, (__m512bh)_mm512_set1_epi32(word));
+#else
+        sum += (Floats)(columns << 16) * float_of(row[0]);
+        return sum + (Floats)(columns & int32_t(0xffff0000u)) * float_of(row[1]);
+#endif
+    }
+    // The words with all but the first `count` values of each group set to zero.
+    static INLINE Words first_of_group(Words columns, int count) {
+        return count == 1 ? columns & 0xffff : columns;
+    }
+};
+
+struct Float32 {
+    typedef float Value;
+    static constexpr int GROUP = 1;
+
+    static INLINE float get(Value x) { return x; }
+    static INLINE Value put(float x) { return x; }
+    static INLINE Floats widen(const Value* from) { return load<Floats>(from); }
+    static INLINE void narrow(Value* to, Floats v) { store(to, v); }
+    static INLINE Floats add_product(Floats sum, Words columns, const Value* row) {
+        return sum + (Floats)columns * *row;
+    }
+    static INLINE Words first_of_group(Words columns, int) { return columns; }
+};
