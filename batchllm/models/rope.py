@@ -16,10 +16,14 @@ class Rotation:
     sin: torch.Tensor
 
     def apply(self, states: torch.Tensor) -> torch.Tensor:
-        """Rotate [num_tokens, heads, d], pairs (i, i + d / 2) as Hugging Face lays them out."""
-        cos, sin = self.cos[:, None].to(states.dtype), self.sin[:, None].to(states.dtype)
-        left, right = states.chunk(2, dim=-1)
-        return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
+        """Rotate [num_tokens, heads, d], pairs (i, i + d / 2) as Hugging Face lays them out.
+
+        In float32, rounded once.
+        """
+        cos, sin = self.cos[:, None], self.sin[:, None]
+        left, right = states.float().chunk(2, dim=-1)
+        rotated = torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
+        return rotated.to(states.dtype)
 
 
 class RotaryEmbedding:
