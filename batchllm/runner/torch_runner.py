@@ -42,7 +42,7 @@ class TorchRunner:
         for logits in self._logits(step):
             end = begin + len(logits)
             tokens[begin:end] = sample_tokens(
-                logits, step.samples.part(begin, end), self._operations
+                logits, step.samples.part(begin, end), self._operations.argmax
             )
             begin = end
         return StepOutput(tokens)

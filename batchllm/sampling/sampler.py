@@ -1,10 +1,11 @@
 """Greedy and random sampling of a step's logits."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from batchllm.models.operations import Operations
 from batchllm.request import SamplingParams, TokenIds
 from batchllm.sampling.random import uniform
 from batchllm.scheduler.batch import Samples
@@ -12,14 +13,23 @@ from batchllm.scheduler.batch import Samples
 _FIRST_LOOK = 1024  # candidates sorted before the whole vocabulary is
 
 
-def sample_tokens(logits: torch.Tensor, samples: Samples, operations: Operations) -> TokenIds:
+def _first_largest(logits: torch.Tensor) -> torch.Tensor:
+    return logits.argmax(dim=-1)
+
+
+def sample_tokens(
+    logits: torch.Tensor,
+    samples: Samples,
+    argmax: Callable[[torch.Tensor], torch.Tensor] = _first_largest,
+) -> TokenIds:
     """One token for each row of `logits` [num_samples, vocab_size], int32 [num_samples].
 
-    Greedy rows take the first largest logit. The others are filtered as Hugging Face and vLLM do,
-    temperature, then top-k, then top-p, and drawn by inverting the cumulative distribution at one
-    uniform number that depends on the row's seed, its index and the output position alone.
+    Greedy rows take the first largest logit, which `argmax` finds. The others are filtered as
+    Hugging Face and vLLM do, temperature, then top-k, then top-p, and drawn by inverting the
+    cumulative distribution at one uniform number that depends on the row's seed, its index and the
+    output position alone.
     """
-    tokens: TokenIds = operations.argmax(logits).numpy().astype(np.int32)
+    tokens: TokenIds = argmax(logits).numpy().astype(np.int32)
     used, which = np.unique(samples.params_index, return_inverse=True)
     params = [samples.params[i] for i in used]
     drawn = np.flatnonzero(~np.array([p.greedy for p in params], dtype=np.bool_)[which])

@@ -24,11 +24,12 @@ ALLOWED = {
     "io": {"errors", "request", "io"},
     "text": {"errors", "request", "prefix", "text"},
     "models": {"errors", "request", "text", "models"},
-    "attention": {"errors", "request", "attention", "runner"},
+    "native": {"native"},
+    "attention": {"errors", "request", "models", "native", "attention", "runner"},
     "sampling": {"errors", "request", "scheduler", "sampling"},
     "runner": {
         *("errors", "request", "config", "prefix", "cache", "scheduler"),
-        *("attention", "models", "sampling", "simulate", "runner"),
+        *("attention", "models", "native", "sampling", "simulate", "runner"),
     },
     "report": {
         *("errors", "request", "prefix", "cache", "scheduler", "simulate", "text", "progress"),
