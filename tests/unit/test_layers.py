@@ -16,7 +16,8 @@ ALLOWED = {
     "config": {"errors"},
     "metrics": set(),
     "prefix": {"errors", "request", "prefix"},
-    "cache": {"errors", "cache"},
+    "cgroup": set(),
+    "cache": {"errors", "cgroup", "cache"},
     "scheduler": {"errors", "request", "prefix", "cache", "scheduler"},
     "engine": {"errors", "request", "prefix", "cache", "scheduler"},
     "simulate": {"errors", "request", "prefix", "cache", "scheduler", "models", "simulate"},
@@ -27,7 +28,7 @@ ALLOWED = {
     "attention": {"errors", "request", "attention", "runner"},
     "sampling": {"errors", "request", "scheduler", "sampling"},
     "runner": {
-        *("errors", "request", "config", "prefix", "cache", "scheduler"),
+        *("errors", "request", "config", "cgroup", "prefix", "cache", "scheduler"),
         *("attention", "models", "sampling", "simulate", "runner"),
     },
     "report": {
@@ -49,6 +50,7 @@ NO_TORCH = (
     "batchllm.cache.block_pool",
     "batchllm.runner.fake_runner",
     "batchllm.runner.dtype",
+    "batchllm.cache.memory",
     "batchllm.io.output",
     "batchllm.text.prompts",
     "batchllm.prompt_worker",
