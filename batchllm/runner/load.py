@@ -11,6 +11,7 @@ from batchllm.models.checkpoint import Checkpoint
 from batchllm.models.registry import make_model
 from batchllm.runner.dtype import choose_dtype
 from batchllm.runner.kv_cache import KVCache, kv_bytes_per_token
+from batchllm.runner.threads import Threads, available_cpus, choose_threads
 from batchllm.runner.torch_runner import TorchRunner
 
 
@@ -21,10 +22,18 @@ class LoadedRunner:
     runner: TorchRunner
     num_blocks: int
     dtype: str
+    threads: Threads
 
 
 def load_runner(checkpoint: Checkpoint, config: EngineConfig, max_model_len: int) -> LoadedRunner:
-    """Load the weights, then size the KV cache by the memory that is left."""
+    """Load the weights, then size the KV cache by the memory that is left.
+
+    The number of threads is torch's, so it holds for the whole process.
+    """
+    threads = choose_threads(
+        config.threads, available_cpus(), openmp_threads=torch.get_num_threads()
+    )
+    torch.set_num_threads(threads.count)
     shape = checkpoint.config
     name = choose_dtype(config.dtype, shape.dtype)
     dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
@@ -47,4 +56,4 @@ def load_runner(checkpoint: Checkpoint, config: EngineConfig, max_model_len: int
         dtype=dtype,
     )
     runner = TorchRunner(model, cache, backend, config.block_size)
-    return LoadedRunner(runner, num_blocks, name)
+    return LoadedRunner(runner, num_blocks, name, threads)

@@ -46,6 +46,7 @@ def test_sampling_params_out_of_range(values):
     "values",
     [
         *({"dtype": "float64"}, {"block_size": 0}, {"kv_memory": 0}, {"max_model_len": -1}),
+        {"threads": 0},
     ],
 )
 def test_engine_config_out_of_range(values):

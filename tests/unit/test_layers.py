@@ -50,6 +50,7 @@ NO_TORCH = (
     "batchllm.cache.block_pool",
     "batchllm.runner.fake_runner",
     "batchllm.runner.dtype",
+    "batchllm.runner.threads",
     "batchllm.cache.memory",
     "batchllm.io.output",
     "batchllm.text.prompts",
