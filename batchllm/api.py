@@ -68,6 +68,9 @@ class LLM:
         self.tokenizer = model.tokenizer()
         loaded = load_runner(model, self.config, self.max_model_len)
         self.dtype = loaded.dtype
+        self.threads = loaded.threads
+        self.attention = loaded.attention
+        self._slower = loaded.slower
         self.num_kv_blocks = loaded.num_blocks
         self.runner = loaded.runner
         self._lengths = LengthEstimator()
@@ -220,6 +223,24 @@ class LLM:
     def num_kv_tokens(self) -> int:
         """Tokens whose KV the cache holds."""
         return self.num_kv_blocks * self.config.block_size
+
+    @property
+    def kv_memory(self) -> int:
+        """Bytes of the KV cache."""
+        return int(self.num_kv_tokens * self.shape.kv_bytes_per_token)
+
+    def describe(self) -> str:
+        """What is loaded and what it runs on, in a line; each warning is a line of its own."""
+        line = (
+            f"{self.checkpoint.path.name} in {self.dtype} (loaded in {self.load_seconds:.1f}s), "
+            f"{self.threads}, {self.kv_memory / 2**30:,.2f} GiB KV memory = "
+            f"{self.num_kv_tokens:,} tokens, attention {self.attention}"
+        )
+        warnings = [
+            self.threads.warning,
+            self._slower and f"much slower than need be: {self._slower}",
+        ]
+        return "\n".join([line, *(f"warning: {warning}" for warning in warnings if warning)])
 
     def new_scheduler(self) -> StepScheduler:
         """A scheduler for this model's KV cache; one at a time may run."""

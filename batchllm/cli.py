@@ -42,6 +42,7 @@ from batchllm.cli_options import (
     System,
     Temperature,
     Template,
+    Threads,
     TokenIdsColumn,
     TopK,
     TopP,
@@ -87,6 +88,7 @@ def run(
     dtype: Dtype = "auto",
     policy: Policy = "auto",
     sharing: Sharing = True,
+    threads: Threads = None,
     kv_memory: KvMemory = None,
     max_model_len: MaxModelLen = None,
     max_num_seqs: MaxNumSeqs = 1024,
@@ -138,6 +140,7 @@ def run(
                     dtype=dtype,
                     policy=policy,
                     sharing=sharing,
+                    threads=threads,
                     kv_memory=None if kv_memory is None else parse_size(kv_memory),
                     max_model_len=max_model_len,
                     max_num_seqs=max_num_seqs,
@@ -224,6 +227,7 @@ def plan(
 def bench(
     model: ModelName = None,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float32.")] = "auto",
+    threads: Threads = None,
     calibrate: Annotated[
         bool,
         typer.Option(
@@ -237,7 +241,9 @@ def bench(
         from batchllm.bench import CHECKS, Bench
         from batchllm.simulate.saved import save_machine, this_machine
 
-        bench = Bench(LLM(model, dtype=dtype))
+        llm = LLM(model, dtype=dtype, threads=threads)
+        typer.echo(llm.describe(), err=True)
+        bench = Bench(llm)
         machine = this_machine()
         if calibrate:
             machine = bench.calibrate(lambda text: typer.echo(text, err=True))

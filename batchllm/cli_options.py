@@ -89,6 +89,13 @@ Sharing = Annotated[
         "--sharing/--no-sharing", help="Compute shared prefixes once.", rich_help_panel=_ENGINE
     ),
 ]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        help="How many compute. [default: OMP_NUM_THREADS, else one a core]",
+        rich_help_panel=_ENGINE,
+    ),
+]
 KvMemory = Annotated[
     str | None,
     typer.Option(

@@ -13,11 +13,13 @@ _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """Everything about *how* answers are computed. None of it changes what they are.
+    """Everything about *how* answers are computed. None of it changes them by more than rounding.
 
-    `dtype` alone can move a rounding, so it belongs to a job's identity. `kv_memory` is in bytes;
-    None takes a share of the machine's free memory. `max_num_batched_tokens` bounds one step's
-    prefill work. `max_num_seqs` bounds index arrays, not memory: admission is by projected KV use.
+    `dtype` says what is rounded to, so it belongs to a job's identity; others, like `sharing` and
+    `threads`, at most change the order of a sum. `kv_memory` is in bytes; None takes a share of the
+    machine's free memory. `threads` is how many compute; None takes one a core that this process
+    may use. `max_num_batched_tokens` bounds one step's prefill work. `max_num_seqs` bounds index
+    arrays, not memory: admission is by projected KV use.
 
     Raises:
         UsageError: a value is out of range.
@@ -27,6 +29,7 @@ class EngineConfig:
     policy: str = "auto"
     sharing: bool = True
     attention_backend: str = "auto"
+    threads: int | None = None
     kv_memory: int | None = None
     max_model_len: int | None = None
     block_size: int = 16
@@ -39,6 +42,10 @@ class EngineConfig:
         for name in ("block_size", "max_num_batched_tokens", "max_num_seqs"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.threads is not None and self.threads < 1:
+            raise UsageError(
+                f"threads is {self.threads}; it must be at least 1, or left out to be chosen"
+            )
         for name in ("kv_memory", "max_model_len"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -136,14 +136,15 @@ def _answer(
     progress = Progress(num_rows, done_rows=done_rows, quiet=config.quiet)
     if done_rows:
         progress.note(f"going on after {done_rows:,} rows that are done already")
-    load_seconds, num_kv_blocks = 0.0, 0
+    load_seconds, num_kv_blocks, kv_memory, threads = 0.0, 0, 0, 0
     policy = config.engine.policy
     if done_rows < num_rows:
         try:
             llm = _answer_windows(config, source, checkpoint, columns, store, progress)
         finally:
             progress.close()
-        load_seconds, num_kv_blocks = llm.load_seconds, llm.num_kv_blocks
+        load_seconds, threads = llm.load_seconds, llm.threads.count
+        num_kv_blocks, kv_memory = llm.num_kv_blocks, llm.kv_memory
         if llm.chosen_policies:
             policy = f"{policy} ({', '.join(sorted(llm.chosen_policies))})"
     total = Metrics.total(store.counters)
@@ -159,6 +160,9 @@ def _answer(
             **total.as_dict(),
             "saved_share": round(total.saved_share, 6),
             "window_lost_share": round(total.window_lost_share, 6),
+            "threads": threads,
+            "kv_memory": kv_memory,
+            "kv_tokens": num_kv_blocks * config.engine.block_size,
             "num_kv_blocks": num_kv_blocks,
             "block_size": config.engine.block_size,
             "resumed_rows": done_rows,
@@ -187,7 +191,7 @@ def _answer_windows(
     with closing(windows), closing(PromptWorker(builder)) as worker:
         prompted = prompts_ahead(windows, worker)
         llm = LLM(checkpoint, config.engine)
-        progress.note(_describe(config, llm, len(store.finished)))
+        progress.note(f"{len(store.finished):,} rows, {llm.describe()}")
         for one in prompted:
             rows = one.window.rows.index
             llm.metrics = Metrics(
@@ -216,14 +220,6 @@ def _say(text: str) -> None:
 
 def _silent(text: str) -> None:
     pass
-
-
-def _describe(config: JobConfig, llm: LLM, num_rows: int) -> str:
-    tokens = llm.num_kv_blocks * llm.config.block_size
-    return (
-        f"{num_rows:,} rows, {llm.checkpoint.path.name} in {llm.dtype} "
-        f"(loaded in {llm.load_seconds:.1f}s), KV memory for {tokens:,} tokens"
-    )
 
 
 def _check_summary_path(path: Path | None) -> None:

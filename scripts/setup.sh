@@ -39,10 +39,24 @@ ensure_venv() {
         stop "could not install $package:"$'\n'"$log"
 }
 
+# Without one the tool works too, on torch's own kernels, several times slower.
+ensure_compiler() {
+    command -v g++ >/dev/null && return
+    if ! as_root true 2>/dev/null; then
+        say "no g++ found, so no kernels are compiled and the tool is slower; to mend it, run as root:"
+        say "  apt-get update && apt-get install g++ libc6-dev, then remove $venv and start again"
+        return
+    fi
+    say "installing g++, which compiles the kernels"
+    { as_root apt-get -qq update || true
+      as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq install -y g++ libc6-dev; } >/dev/null 2>&1 ||
+        say "could not install g++, so no kernels are compiled and the tool is slower"
+}
+
 python=$(find_python)
 mark="$venv/.batchllm-$kind"
 # What was installed is told by what asks for it: a change there installs again.
-wanted=$(cat pyproject.toml constraints.txt | sha256sum)
+wanted=$(cat pyproject.toml setup.py constraints.txt batchllm/native/src/* | sha256sum)
 if [ -f "$mark" ] && [ "$(cat "$mark")" = "$wanted" ]; then exit 0; fi
 
 if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then  # none, or not made to the end
@@ -50,6 +64,7 @@ if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then  # none, or not m
     say "making $venv with $("$python" --version)"
     "$python" -m venv "$venv"
 fi
+ensure_compiler
 extra=""
 [ "$kind" = dev ] && extra="[dev]"
 say "installing batchllm$extra into $venv (a few minutes the first time)"

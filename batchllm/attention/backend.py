@@ -31,7 +31,9 @@ class LayerPlan(Protocol):
 
 
 class AttentionBackend(Protocol):
-    """Plans once a step, whatever the number of layers."""
+    """Plans once a step, whatever the number of layers. `name` is for people."""
+
+    name: str
 
     def plan(self, step: ModelInput, rotation: Rotation) -> LayerPlan:
         """Turn a step's items into what `run` needs, so that no layer does index work."""
@@ -61,11 +63,17 @@ def make_backend(name: str, block_size: int, head_dim: int) -> AttentionBackend:
             f"no attention backend named {name!r}; there are: {', '.join(backend_names())}"
         )
     if name == "auto":
-        try:
-            return _make("native", block_size, head_dim)
-        except UsageError:
-            name = "torch"
+        name = "torch" if why_not_native(block_size, head_dim) else "native"
     return _make(name, block_size, head_dim)
+
+
+def why_not_native(block_size: int, head_dim: int) -> str | None:
+    """What keeps the compiled kernels from running here; None if nothing does."""
+    try:
+        _make("native", block_size, head_dim)
+    except UsageError as error:
+        return str(error)
+    return None
 
 
 def _make(name: str, block_size: int, head_dim: int) -> AttentionBackend:

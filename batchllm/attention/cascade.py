@@ -51,6 +51,8 @@ class TorchBackend:
     own and is folded into their private blocks.
     """
 
+    name = "torch"
+
     def __init__(self, block_size: int, head_dim: int) -> None:
         self._block_size = block_size
 

@@ -89,18 +89,20 @@ class NativeBackend:
         library = library or load_library()
         if library is None:
             raise UsageError(
-                "attention backend native: no kernels were compiled when batchllm was installed; "
-                "install g++ and then batchllm again"
+                "no kernels were compiled when batchllm was installed; install g++, then batchllm "
+                "again"
             )
         if block_size % _WIDTH or block_size & (block_size - 1):
             raise UsageError(
-                f"attention backend native: block_size is {block_size}; it must be a power of two, "
-                f"{_WIDTH} or more"
+                f"the compiled kernels need a block_size that is a power of two, {_WIDTH} or more; "
+                f"it is {block_size}"
             )
         if head_dim % _WIDTH:
             raise UsageError(
-                f"attention backend native: head_dim is {head_dim}, not a multiple of {_WIDTH}"
+                f"the compiled kernels need a head_dim that is a multiple of {_WIDTH}; it is "
+                f"{head_dim}"
             )
+        self.name = f"native ({library.target})"
         self.library = library
         self._block_size = block_size
 

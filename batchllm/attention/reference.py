@@ -15,6 +15,8 @@ class ReferenceBackend:
     No partial results and no log-sum-exp: it shares no idea with what it checks.
     """
 
+    name = "reference"
+
     def __init__(self, block_size: int, head_dim: int) -> None:
         self._block_size = block_size
 

@@ -4,28 +4,37 @@ from pathlib import Path
 
 import psutil
 
+from batchllm.cgroup import PROC, cgroup_dirs, read_int, read_text
 from batchllm.errors import UsageError
 
 _SHARE = 0.5  # of what is free once the weights are loaded; the rest is for tables and activations
-_UNLIMITED = 1 << 60
+# Beyond `memory.high` a cgroup is not killed but slowed down, until it has given memory back.
+_LIMITS = ("memory.max", "memory.high", "memory.limit_in_bytes")  # the last is version 1
 
 
-def free_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes this process can still take: what the machine has, or its container's limit allows."""
+def free_memory(proc: Path = PROC) -> int:
+    """Bytes this process can still take: what the machine has, or its cgroups' limits allow."""
     free = int(psutil.virtual_memory().available)
-    limits = (
-        ("memory.max", "memory.current"),  # cgroup v2
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),  # v1
-    )
-    for limit_name, used_name in limits:
-        try:
-            limit = (cgroup / limit_name).read_text().strip()
-            used = int((cgroup / used_name).read_text())
-        except (OSError, ValueError):
-            continue
-        if limit.isdigit() and int(limit) < _UNLIMITED:
-            free = min(free, int(limit) - used)
+    for directory in cgroup_dirs("memory", proc):
+        limits = [n for name in _LIMITS if (n := read_int(directory / name)) is not None]
+        if limits:
+            free = min(free, min(limits) - _used(directory))
     return max(free, 0)
+
+
+def _used(cgroup: Path) -> int:
+    """Bytes of a cgroup that cannot simply be dropped: its working set, as kubelet counts it.
+
+    Files that were read once (a model's, say) stay cached and count as used until the room is
+    wanted. Files in active use are reclaimed too, but then have to be read again: they stay in.
+    """
+    used = read_int(cgroup / "memory.current")
+    if used is None:
+        used = read_int(cgroup / "memory.usage_in_bytes") or 0
+    lines = (read_text(cgroup / "memory.stat") or "").splitlines()
+    stat = {name: int(value) for name, value in (line.split() for line in lines)}
+    # Version 1 has the cgroup's own pages under the plain name, and all below it under `total_`.
+    return used - stat.get("total_inactive_file", stat.get("inactive_file", 0))
 
 
 def default_kv_memory(free: int) -> int:
@@ -41,7 +50,8 @@ def num_kv_blocks(kv_memory: int | None, block_bytes: int, free: int) -> int:
     """
     if kv_memory is not None and kv_memory > free:
         raise UsageError(
-            f"kv memory of {kv_memory / 2**20:,.0f} MiB asked, {free / 2**20:,.0f} MiB are free"
+            f"kv memory of {kv_memory / 2**20:,.0f} MiB asked, {free / 2**20:,.0f} MiB are free; "
+            "ask for less, or leave --kv-memory out to take half of them"
         )
     budget = default_kv_memory(free) if kv_memory is None else kv_memory
     if budget < block_bytes:

@@ -21,7 +21,7 @@ def summary_text(summary: Mapping[str, Any]) -> str:
         f"preemptions     {summary['preemptions']:,}, recomputed {summary['recomputed_tokens']:,} "
         f"tokens, peak KV {summary['peak_kv_blocks']:,} of {summary['num_kv_blocks']:,} blocks",
         f"model           {summary['model']} in {summary['dtype']}, loaded in "
-        f"{float(summary['load_seconds']):.1f}s",
+        f"{float(summary['load_seconds']):.1f}s{_machine(summary)}",
         f"whole run       {duration(float(summary['wall_seconds']))}",
     ]
     if int(summary.get("windows", 0)) > 1:
@@ -30,3 +30,11 @@ def summary_text(summary: Mapping[str, Any]) -> str:
     if summary.get("resumed_rows"):
         lines.append(f"resumed         after {summary['resumed_rows']:,} rows of an earlier run")
     return "\n".join(lines)
+
+
+def _machine(summary: Mapping[str, Any]) -> str:
+    """Empty where no model was loaded, or a version wrote it that did not say."""
+    if not summary.get("threads"):
+        return ""
+    threads, memory = int(summary["threads"]), int(summary["kv_memory"])
+    return f"; threads {threads:,}, KV memory {memory / 2**30:,.2f} GiB"

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from batchllm.attention.backend import make_backend
+from batchllm.attention.backend import make_backend, why_not_native
 from batchllm.attention.native import NativeBackend
 from batchllm.cache.memory import free_memory, num_kv_blocks
 from batchllm.config import EngineConfig
@@ -14,25 +14,43 @@ from batchllm.models.registry import make_model
 from batchllm.native.operations import NativeOperations
 from batchllm.runner.dtype import choose_dtype
 from batchllm.runner.kv_cache import KVCache, kv_bytes_per_token
+from batchllm.runner.threads import Threads, available_cpus, choose_threads
 from batchllm.runner.torch_runner import TorchRunner
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedRunner:
-    """A runner ready for steps, with `num_blocks` of KV; `dtype` is what `auto` came to."""
+    """A runner ready for steps, with `num_blocks` of KV; `dtype` is what `auto` came to.
+
+    `attention` names the backend; `slower` says why it is not the compiled one, where that was not
+    the user's choice.
+    """
 
     runner: TorchRunner
     num_blocks: int
     dtype: str
+    threads: Threads
+    attention: str
+    slower: str | None
 
 
 def load_runner(checkpoint: Checkpoint, config: EngineConfig, max_model_len: int) -> LoadedRunner:
-    """Load the weights, then size the KV cache by the memory that is left."""
+    """Load the weights, then size the KV cache by the memory that is left.
+
+    The number of threads is torch's, so it holds for the whole process.
+    """
+    threads = choose_threads(
+        config.threads, available_cpus(), openmp_threads=torch.get_num_threads()
+    )
+    torch.set_num_threads(threads.count)
     shape = checkpoint.config
     name = choose_dtype(config.dtype, shape.dtype)
     dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
     backend = make_backend(config.attention_backend, config.block_size, shape.head_dim)
     operations: Operations = TorchOperations()
+    slower = None
+    if config.attention_backend == "auto":
+        slower = why_not_native(config.block_size, shape.head_dim)
     if isinstance(backend, NativeBackend):
         operations = NativeOperations(backend.library)
     model = make_model(shape, dtype, operations)
@@ -53,4 +71,4 @@ def load_runner(checkpoint: Checkpoint, config: EngineConfig, max_model_len: int
         dtype=dtype,
     )
     runner = TorchRunner(model, cache, backend, operations, config.block_size)
-    return LoadedRunner(runner, num_blocks, name)
+    return LoadedRunner(runner, num_blocks, name, threads, backend.name, slower)

@@ -3,9 +3,12 @@
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
 from batchllm import LLM, SamplingParams
 from batchllm.errors import UsageError
+from batchllm.models.safetensors_checkpoint import SafetensorsCheckpoint
+from batchllm.runner.threads import available_cpus
 
 PROMPTS = [f"the same beginning, number {i % 7} {'x' * (i % 5)}" for i in range(30)] + ["other"]
 PARAMS = SamplingParams(max_tokens=12)
@@ -155,6 +158,25 @@ def test_an_interrupt_leaves_the_engine_usable(llm, alone, monkeypatch):
         llm.generate(PROMPTS, PARAMS)
     monkeypatch.undo()
     assert [o.text for o in llm.generate(PROMPTS, PARAMS)] == alone
+
+
+def test_threads_are_set_before_the_weights_are_loaded(tiny_model, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before, seen = torch.get_num_threads(), []
+    weights = SafetensorsCheckpoint.weights
+
+    def look(checkpoint, dtype):
+        seen.append(torch.get_num_threads())
+        return weights(checkpoint, dtype)
+
+    monkeypatch.setattr(SafetensorsCheckpoint, "weights", look)
+    try:
+        for options, expected in (({"threads": 3}, 3), ({}, available_cpus().best)):
+            llm = LLM(tiny_model, kv_memory=16 << 20, **options)
+            assert (seen.pop(), llm.threads.count) == (expected, expected)
+            assert f"{expected} thread" in llm.describe()
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_no_prompts(llm):

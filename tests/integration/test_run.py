@@ -80,11 +80,13 @@ def test_a_table_is_answered_in_order_with_its_own_columns(
     for key in (
         *("rows", "failed", "prompt_tokens", "computed_prompt_tokens", "output_tokens"),
         *("load_seconds", "plan_seconds", "engine_seconds", "wall_seconds", "steps"),
-        *("preemptions", "peak_kv_blocks"),
+        *("preemptions", "peak_kv_blocks", "threads", "kv_memory", "kv_tokens"),
     ):
         assert isinstance(facts[key], int | float), key
     assert (facts["rows"], facts["failed"]) == (ROWS, 0)
     assert facts["computed_prompt_tokens"] < facts["prompt_tokens"]
+    assert 0.9 < facts["kv_memory"] / (16 << 20) <= 1
+    assert facts["kv_tokens"] == facts["num_kv_blocks"] * facts["block_size"]
     stored = json.loads(pq.read_metadata(output).metadata[b"batchllm"])
     assert stored["summary"] == facts
     shown = json.loads(invoke("inspect", output, "--json").stdout)
@@ -117,6 +119,7 @@ def test_prompts_that_another_process_makes_are_the_same(
     [
         ("--no-sharing",),
         ("--policy", "table-order"),
+        ("--threads", 1),
         ("--kv-memory", "200k"),
         ("--max-num-batched-tokens", 5),
     ],
@@ -226,6 +229,7 @@ def test_bad_usage_is_one_line_and_code_2(source, tmp_path, tiny_model):
         (("--prompt-column", "text", "--dtype", "int3"), "int3"),
         (("--prompt-column", "text", "--kv-memory", "lots"), "not a size"),
         (("--prompt-column", "text", "--kv-memory", "99T"), "are free"),
+        (("--prompt-column", "text", "--threads", "0"), "at least 1, or left out"),
         (("--prompt-column", "text", "--max-tokens", "0"), "max_tokens"),
         (("--prompt-column", "text", "--limit", "0"), "limit"),
         (("--prompt-column", "text", "--template", f"@{tmp_path}/none"), ""),
@@ -368,6 +372,44 @@ def test_an_interrupted_run_goes_on(source, table, tmp_path, tiny_model):
     subprocess.run(command(source, whole, tiny_model, "--quiet"), check=True)
     resumed, once = (pq.read_table(p).drop_columns("cached_tokens") for p in (output, whole))
     assert resumed.equals(once)  # but for what was shared: the windows were others
+
+
+def test_threads_are_chosen_printed_and_no_part_of_the_job(
+    source, tmp_path, tiny_model, expected, monkeypatch
+):
+    write = OutputStore.write_answers
+
+    def fail_at_the_third(store, rows, *rest):
+        if len(store.counters) == 2:
+            raise KeyboardInterrupt
+        write(store, rows, *rest)
+
+    output, summary = tmp_path / "o.parquet", tmp_path / "s.json"
+    words = ("run", source, output, "--model", tiny_model, "--prompt-column", "text")
+    words += ("--kv-memory", "16M", "--max-tokens", 6, "--window-rows", 7, "--summary", summary)
+    monkeypatch.setattr(OutputStore, "write_answers", fail_at_the_third)
+    one = invoke(*words, "--threads", 1)
+    assert one.exit_code == 130
+    assert "1 thread (as asked), 0.02 GiB KV memory = " in one.stderr
+    monkeypatch.undo()
+    many = 1 + (os.cpu_count() or 1)
+    other = invoke(*words, "--threads", many)
+    assert other.exit_code == 0, other.stderr
+    assert f"{many} threads (as asked)" in other.stderr
+    assert other.stderr.count(f"\nwarning: {many} threads, but this process may use ") == 1
+    assert json.loads(summary.read_text())["threads"] == many
+    assert f"; threads {many}, KV memory 0.02 GiB" in invoke("inspect", output).stdout
+    assert answers(output) == expected
+    complete = invoke(*words)
+    assert complete.exit_code == 0 and "complete already" in complete.stderr
+
+
+def test_bench_says_what_it_runs_on(tiny_model, monkeypatch):
+    monkeypatch.setattr("batchllm.bench.CHECKS", ())
+    result = invoke("bench", "--model", tiny_model, "--threads", 1)
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert "1 thread (as asked), " in result.stderr
+    assert invoke("bench", "--model", tiny_model, "--threads", 0).exit_code == 2
 
 
 def test_progress_is_lines_where_there_is_no_terminal(source, tmp_path, tiny_model, monkeypatch):

@@ -1,6 +1,5 @@
 import pytest
 
-from batchllm.cache.memory import free_memory, num_kv_blocks
 from batchllm.config import EngineConfig, parse_size
 from batchllm.errors import UsageError
 from batchllm.metrics import Metrics
@@ -44,28 +43,15 @@ def test_sampling_params_out_of_range(values):
 
 
 @pytest.mark.parametrize(
-    "values", [{"dtype": "float64"}, {"block_size": 0}, {"kv_memory": 0}, {"max_model_len": -1}]
+    "values",
+    [
+        *({"dtype": "float64"}, {"block_size": 0}, {"kv_memory": 0}, {"max_model_len": -1}),
+        {"threads": 0},
+    ],
 )
 def test_engine_config_out_of_range(values):
     with pytest.raises(UsageError, match=next(iter(values))):
         EngineConfig(**values)
-
-
-def test_kv_memory_is_half_of_what_is_free_unless_given():
-    assert num_kv_blocks(None, 10, 1000) == 50
-    assert num_kv_blocks(200, 10, 1000) == 20
-    with pytest.raises(UsageError, match="are free"):
-        num_kv_blocks(2000, 10, 1000)
-    with pytest.raises(UsageError, match="does not hold one block"):
-        num_kv_blocks(5, 10, 1000)
-
-
-def test_a_containers_limit_counts(tmp_path):
-    (tmp_path / "memory.max").write_text("1000\n")
-    (tmp_path / "memory.current").write_text("400\n")
-    assert free_memory(tmp_path) == 600
-    (tmp_path / "memory.max").write_text("max\n")
-    assert free_memory(tmp_path) > 10_000
 
 
 def test_auto_dtype_follows_weights_and_processor(tmp_path):

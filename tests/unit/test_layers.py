@@ -16,7 +16,8 @@ ALLOWED = {
     "config": {"errors"},
     "metrics": set(),
     "prefix": {"errors", "request", "prefix"},
-    "cache": {"errors", "cache"},
+    "cgroup": set(),
+    "cache": {"errors", "cgroup", "cache"},
     "scheduler": {"errors", "request", "prefix", "cache", "scheduler"},
     "engine": {"errors", "request", "prefix", "cache", "scheduler"},
     "simulate": {"errors", "request", "prefix", "cache", "scheduler", "models", "simulate"},
@@ -28,7 +29,7 @@ ALLOWED = {
     "attention": {"errors", "request", "models", "native", "attention", "runner"},
     "sampling": {"errors", "request", "scheduler", "sampling"},
     "runner": {
-        *("errors", "request", "config", "prefix", "cache", "scheduler"),
+        *("errors", "request", "config", "cgroup", "prefix", "cache", "scheduler"),
         *("attention", "models", "native", "sampling", "simulate", "runner"),
     },
     "report": {
@@ -50,6 +51,8 @@ NO_TORCH = (
     "batchllm.cache.block_pool",
     "batchllm.runner.fake_runner",
     "batchllm.runner.dtype",
+    "batchllm.runner.threads",
+    "batchllm.cache.memory",
     "batchllm.io.output",
     "batchllm.text.prompts",
     "batchllm.prompt_worker",
