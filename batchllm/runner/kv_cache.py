@@ -1,6 +1,9 @@
 """The KV cache's tensors. Who owns which block is the block pool's business."""
 
-import numpy as np
+import contextlib
+import math
+import mmap
+
 import torch
 
 
@@ -24,8 +27,12 @@ class KVCache:
         dtype: torch.dtype,
     ) -> None:
         shape = (2, num_layers, num_blocks, block_size, num_kv_heads, head_dim)
-        raw = np.zeros(int(np.prod(shape)) * dtype.itemsize, dtype=np.uint8)
-        self.keys, self.values = torch.from_numpy(raw).view(dtype).view(shape)
+        count = math.prod(shape)
+        memory = mmap.mmap(-1, count * dtype.itemsize)
+        if hasattr(mmap, "MADV_HUGEPAGE"):  # first use of a small page costs as much as filling it
+            with contextlib.suppress(OSError):  # a kernel built without
+                memory.madvise(mmap.MADV_HUGEPAGE)
+        self.keys, self.values = torch.frombuffer(memory, dtype=dtype, count=count).view(shape)
 
 
 def kv_bytes_per_token(

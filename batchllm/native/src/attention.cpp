@@ -23,6 +23,7 @@ namespace {
 
 constexpr int KEYS = 256;  // keys a pass: their scores stay in the first-level cache
 static_assert(KEYS % (W * COLUMNS) == 0, "whole tiles of keys");
+static_assert(ROWS <= W, "one number a row fits a vector");
 
 template <typename T>
 struct Layout {
@@ -95,7 +96,7 @@ struct Scratch {
     Scratch(int rows, int head_dim)
         : out(size_t(rows) * head_dim),
           peak(rows),
-          total(rows),
+          total(size_t(rows) * W),
           scores(size_t(ROWS) * KEYS),
           weights(size_t(ROWS) * KEYS),
           queries(rows) {}
@@ -121,14 +122,14 @@ INLINE void multiply_keys(
         for (int n = 0; n < N; n++) store(scores + r * KEYS + n * W, sums[r][n]);
 }
 
-// out[r][0 : N * W] += weights[r] . values, over `count` keys from the start of a block.
+// out[r][0 : N * W] = keep[r] * itself + weights[r] . values, over `count` keys from the start of a block.
 template <typename T, int R, int N>
 INLINE void multiply_values(
     const typename T::Value* weights, const typename T::Value* const* blocks, int block_size,
-    int count, int head_dim, float* out) {
+    int count, int head_dim, Floats keep, float* out) {
     Floats sums[R][N];
     for (int r = 0; r < R; r++)
-        for (int n = 0; n < N; n++) sums[r][n] = load<Floats>(out + r * head_dim + n * W);
+        for (int n = 0; n < N; n++) sums[r][n] = load<Floats>(out + r * head_dim + n * W) * keep[r];
     for (int begin = 0; begin < count; begin += block_size) {
         const typename T::Value* values = blocks[begin / block_size];
         const int here = std::min(block_size, count - begin), whole = here - here % T::GROUP;
@@ -172,31 +173,41 @@ void attend_rows(
 
     Words lane;
     for (int i = 0; i < W; i++) lane[i] = i;
+    Floats old{}, peak{};
     for (int r = 0; r < R; r++) {
-        float* row = scores + r * KEYS;
+        const float* row = scores + r * KEYS;
+        const int whole = seen[r] / W;
         Floats most = broadcast(-INFINITY);
-        for (int p = 0; p < num_panels; p++) {
-            Floats x = load<Floats>(row + p * W) * scale;
-            if ((p + 1) * W > seen[r]) x = lane + p * W < seen[r] ? x : broadcast(-INFINITY);
-            store(row + p * W, x);
-            most = largest(most, x);
-        }
-        const float old = scratch.peak[first + r];
-        const float peak = std::max(old, largest(most));
-        const float keep = old == peak ? 1.0f : std::exp2(old - peak);
-        Floats total{};
+        for (int p = 0; p < whole; p++) most = largest(most, load<Floats>(row + p * W));
+        if (whole * W < seen[r])
+            most = lane + whole * W < seen[r] ? largest(most, load<Floats>(row + whole * W)) : most;
+        old[r] = scratch.peak[first + r];
+        peak[r] = std::max(old[r], largest(most) * scale);
+        scratch.peak[first + r] = peak[r];
+    }
+    const Floats keep = exp2_of_negative(old - peak);
+    for (int r = 0; r < R; r++) {
+        const float* row = scores + r * KEYS;
+        const int whole = seen[r] / W;
         typename T::Value* weights = scratch.weights.data() + r * KEYS;
-        for (int p = 0; p < num_panels; p++) {
-            const Floats w = exp2_of_negative(load<Floats>(row + p * W) - peak);
+        float* sums = scratch.total.data() + (first + r) * W;
+        Floats total = load<Floats>(sums) * keep[r];
+        int p = 0;
+        for (; p < whole; p++) {
+            const Floats w =
+                exp2_of_negative<T::COARSE>(load<Floats>(row + p * W) * scale - peak[r]);
             total += w;
             T::narrow(weights + p * W, w);
         }
-        scratch.peak[first + r] = peak;
-        scratch.total[first + r] = scratch.total[first + r] * keep + sum(total);
-        if (keep != 1.0f) {
-            float* out = scratch.out.data() + int64_t(first + r) * head_dim;
-            for (int d = 0; d < head_dim; d += W) store(out + d, load<Floats>(out + d) * keep);
+        for (; p < num_panels; p++) {  // the last that it sees may end within, the others beyond
+            const Floats w =
+                lane + p * W < seen[r]
+                    ? exp2_of_negative<T::COARSE>(load<Floats>(row + p * W) * scale - peak[r])
+                    : Floats{};
+            total += w;
+            T::narrow(weights + p * W, w);
         }
+        store(sums, total);
     }
 
     float* out = scratch.out.data() + int64_t(first) * head_dim;
@@ -211,12 +222,12 @@ void attend_rows(
         }
         const typename T::Value* w = scratch.weights.data();
         if (d + COLUMNS * W <= head_dim) {
-            multiply_values<T, R, COLUMNS>(w, from, block_size, count, head_dim, out + d);
+            multiply_values<T, R, COLUMNS>(w, from, block_size, count, head_dim, keep, out + d);
         } else {
             for (int e = d; e < head_dim; e += W) {
                 const int num_blocks = (count + block_size - 1) / block_size;
                 for (int b = 0; b < num_blocks; b++) moved[b] = values[b] + e * T::GROUP;
-                multiply_values<T, R, 1>(w, moved, block_size, count, head_dim, out + e);
+                multiply_values<T, R, 1>(w, moved, block_size, count, head_dim, keep, out + e);
             }
         }
     }
@@ -295,7 +306,7 @@ void attend_tile(
     const int rows = int(end - begin) * group;
     std::fill_n(scratch.out.begin(), size_t(rows) * s.head_dim, 0.0f);
     std::fill_n(scratch.peak.begin(), rows, -INFINITY);
-    std::fill_n(scratch.total.begin(), rows, 0.0f);
+    std::fill_n(scratch.total.begin(), rows * W, 0.0f);
     for (int row = 0; row < rows; row++)
         scratch.queries[row] = static_cast<const Value*>(layer.qkv) +
                                (begin + row / group) * width +
@@ -307,7 +318,7 @@ void attend_tile(
         Value* to = static_cast<Value*>(layer.out) +
                     ((begin + row / group) * s.num_heads + kv_head * group + row % group) *
                         s.head_dim;
-        const float share = 1.0f / scratch.total[row];
+        const float share = 1.0f / sum(load<Floats>(scratch.total.data() + row * W));
         for (int d = 0; d < s.head_dim; d += W) T::narrow(to + d, load<Floats>(from + d) * share);
     }
 }

@@ -46,25 +46,31 @@ INLINE Floats broadcast(float x) { return Floats{} + x; }
 INLINE Floats largest(Floats a, Floats b) { return a > b ? a : b; }
 
 INLINE float largest(Floats v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)v);
+#endif
     float x = v[0];
     for (int i = 1; i < W; i++) x = v[i] > x ? v[i] : x;
     return x;
 }
 
 INLINE float sum(Floats v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)v);
+#endif
     float x = 0;
     for (int i = 0; i < W; i++) x += v[i];
     return x;
 }
 
-// 2^x for x <= 0, exact to 2e-7; 0 below -126.
+// 2^x for x <= 0, exact to 2e-7 or, coarsely, 5e-5; 0 below -126.
+template <bool coarse = false>
 INLINE Floats exp2_of_negative(Floats x) {
     const Floats round = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
     const Floats shifted = x + round;
     const Floats f = x - (shifted - round);
-    Floats p = broadcast(1.5403530e-4f);
-    p = p * f + 1.3333558e-3f;
-    p = p * f + 9.6181291e-3f;
+    Floats p = broadcast(9.6181291e-3f);
+    if constexpr (!coarse) p += (1.5403530e-4f * f + 1.3333558e-3f) * f;
     p = p * f + 5.5504109e-2f;
     p = p * f + 2.4022651e-1f;
     p = p * f + 6.9314718e-1f;
@@ -92,6 +98,7 @@ INLINE uint16_t bfloat16_of(float x) {  // to the nearest, ties to even; a NaN s
 struct Bfloat16 {
     typedef uint16_t Value;
     static constexpr int GROUP = 2;
+    static constexpr bool COARSE = true;  // what is rounded to eight bits need not be exact to 24
 
     static INLINE float get(Value x) { return float_of(x); }
     static INLINE Value put(float x) { return bfloat16_of(x); }
@@ -135,6 +142,7 @@ struct Bfloat16 {
 struct Float32 {
     typedef float Value;
     static constexpr int GROUP = 1;
+    static constexpr bool COARSE = false;
 
     static INLINE float get(Value x) { return x; }
     static INLINE Value put(float x) { return x; }

@@ -1,0 +1,86 @@
+"""The compiled operations and packed products against torch's own."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from batchllm.models.linear import Linear, can_pack
+from batchllm.models.operations import TorchOperations
+from batchllm.native.library import load_library, usable_targets
+from batchllm.native.operations import NativeOperations
+
+TARGETS = [target for target in usable_targets() if load_library(target)]
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2}  # bfloat16: two roundings of 2^-8
+SHAPES = st.tuples(st.integers(1, 9), st.integers(1, 70))
+
+
+def noise(*shape, dtype, seed=0):
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 3).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("target", TARGETS)
+@given(SHAPES, st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_rms_norm_adds_in_place_and_equals_torch(target, dtype, shape, with_delta):
+    hidden, weight = noise(*shape, dtype=dtype), noise(shape[1], dtype=dtype, seed=1)
+    delta = noise(*shape, dtype=dtype, seed=2) if with_delta else None
+    exact = hidden.clone()
+    got = NativeOperations(load_library(target)).add_rms_norm(hidden, delta, weight, 1e-5)
+    TorchOperations().add_rms_norm(exact, delta, weight, 1e-5)
+    assert torch.equal(hidden, exact)
+    # In float32, so that torch's own roundings of bfloat16 are not the yardstick.
+    expected = TorchOperations().add_rms_norm(exact.float(), None, weight.float(), 1e-5)
+    torch.testing.assert_close(got.float(), expected, atol=1e-4, rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("target", TARGETS)
+@given(SHAPES, st.sampled_from([0.1, 3.0, 60.0]))
+@settings(max_examples=30, deadline=None)
+def test_gate_equals_torch_for_small_and_large_values(target, dtype, shape, scale):
+    gate_up = noise(shape[0], 2 * shape[1], dtype=dtype) * scale
+    got = NativeOperations(load_library(target)).silu_and_multiply(gate_up)
+    expected = TorchOperations().silu_and_multiply(gate_up.float())
+    torch.testing.assert_close(got.float(), expected, atol=1e-6, rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("target", TARGETS)
+@given(st.lists(st.lists(st.integers(-3, 3), min_size=37, max_size=37), min_size=1, max_size=5))
+@settings(max_examples=50, deadline=None)
+def test_argmax_is_the_first_of_the_largest(target, dtype, rows):
+    logits = torch.tensor(rows).to(dtype)
+    got = NativeOperations(load_library(target)).argmax(logits)
+    assert got.tolist() == np.argmax(np.array(rows), axis=1).tolist()
+
+
+@pytest.mark.skipif(not can_pack(), reason="this torch packs no weights here")
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 17, 300])
+def test_a_packed_product_equals_the_plain_one_and_keeps_no_second_weight(rows, bias):
+    linear = Linear(48, 80, dtype=torch.bfloat16, bias=bias)
+    linear.weight.copy_(noise(80, 48, dtype=torch.bfloat16))
+    if bias:
+        linear.bias.copy_(noise(80, dtype=torch.bfloat16, seed=1))
+    x = noise(rows, 48, dtype=torch.bfloat16, seed=2)
+    plain = linear(x)
+    linear.pack()
+    assert linear.weight is None
+    torch.testing.assert_close(linear(x), plain, atol=0.25, rtol=1.6e-2)
+
+
+def test_float32_is_not_packed():
+    linear = Linear(16, 16, dtype=torch.float32)
+    linear.pack()
+    assert linear.weight is not None
+
+
+def test_targets_go_by_the_processors_flags(tmp_path):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("flags : fpu avx2 fma\n")
+    assert set(usable_targets(cpuinfo)) <= {"avx2", "portable"}
+    assert usable_targets(cpuinfo, home=tmp_path) == []
+    assert usable_targets(tmp_path / "none") in (["portable"], [])
