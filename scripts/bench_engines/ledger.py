@@ -37,7 +37,7 @@ class Ledger:
         if path is None or not path.exists():
             return ledger
         if not resume:
-            raise BenchError(f"{path} is there already; --resume goes on with it")
+            raise BenchError(f"{path} is there already; --resume goes on with it, or remove it")
         try:
             document = json.loads(path.read_text())
             ledger.runs = [_run(fields) for fields in document["runs"]]
