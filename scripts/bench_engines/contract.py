@@ -13,11 +13,12 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 ORDERS = ("shuffled", "sorted")
+KV_CACHE_BYTES = 4 << 30  # what every engine that can be told gets, and what the bound assumes
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """The rows of a micro workload, in the order in which an engine gets them."""
+    """The rows of a workload, in the order in which an engine gets them."""
 
     prompts: list[list[int]]
     max_tokens: list[int]
@@ -61,11 +62,12 @@ def warm_up_rows() -> Rows:
 def make_parser(description: str, *, model: str) -> argparse.ArgumentParser:
     """The command line that all engines share; `model` says what this one wants to be given."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("workload", type=Path, help="Parquet file made by datasets/micro.py")
+    parser.add_argument("workload", type=Path, help="Parquet file with token_ids and max_tokens")
     parser.add_argument("--model", type=Path, required=True, help=model)
     parser.add_argument(
         "--order", nargs="+", choices=ORDERS, default=["shuffled"], help="one run for each"
     )
+    parser.add_argument("--name", required=True, help="what its reports call this engine")
     parser.add_argument("--save-tokens", type=Path, help="write [prompt, output] pairs as JSON")
     return parser
 

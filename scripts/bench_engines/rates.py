@@ -1,5 +1,7 @@
 """Measures the machine's two rates for the bound: F, bf16 matrix products, and B, memory.
 
+And, to know what int8 could gain, the rate of int8 products; the bound does not use it.
+
 F is taken over the model's own matrices, each by the faster of torch's two ways to multiply on a
 CPU (plain, and with the weight repacked for oneDNN once), at each number of rows given; the best
 counts, with or without the head, so that the bound flatters nobody. B is the better of reading and
@@ -23,9 +25,13 @@ SECONDS_A_MEASUREMENT = 0.3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredRates:
-    """F in FLOP/s and B in bytes/s, as bound.Rates takes them, and what they were chosen from."""
+    """F in FLOP/s and B in bytes/s, as bound.Rates takes them, and what they were chosen from.
+
+    `int8_flops` is the best rate of the body's products in int8, without (de)quantising.
+    """
 
     flops: float
+    int8_flops: float
     bandwidth: float
     pass_flops_by_rows: dict[int, float]
     body_flops_by_rows: dict[int, float]
@@ -61,6 +67,17 @@ def linear_seconds(rows: int, inputs: int, outputs: int) -> float:
     return min(plain, best_seconds(lambda: product(x, packed, None, "none", [], "")))
 
 
+def int8_seconds(rows: int, inputs: int, outputs: int) -> float:
+    """Seconds of the same product of uint8 x and int8 w, repacked once, to bf16 [rows, outputs]."""
+    x = torch.randint(0, 256, (rows, inputs), dtype=torch.uint8)
+    w = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8)
+    packed = torch.ops.onednn.qlinear_prepack(w, [rows, inputs])
+    scales, zeros = torch.full((outputs,), 0.01), torch.zeros(outputs, dtype=torch.int32)
+    out = (None, 1.0, 0, torch.bfloat16, "none", [], "")  # no bias, nothing fused
+    product = torch.ops.onednn.qlinear_pointwise
+    return best_seconds(lambda: product(x, 0.01, 128, packed, scales, zeros, *out))
+
+
 @torch.inference_mode()
 def measure(model: ModelShape, row_counts: list[int]) -> MeasuredRates:
     """Times all five products at each number of rows, then memory.
@@ -69,6 +86,7 @@ def measure(model: ModelShape, row_counts: list[int]) -> MeasuredRates:
     head once; the body is the pass without the head.
     """
     whole, body, head = {}, {}, {}
+    int8 = 0.0
     for rows in row_counts:
         seconds = {name: linear_seconds(rows, a, b) for name, (a, b) in model.matrices.items()}
         head_seconds = seconds.pop("head")
@@ -78,12 +96,16 @@ def measure(model: ModelShape, row_counts: list[int]) -> MeasuredRates:
         whole[rows] = (body_flop + head_flop) / (body_seconds + head_seconds)
         body[rows] = body_flop / body_seconds
         head[rows] = head_flop / head_seconds
+        layer = [pair for name, pair in model.matrices.items() if name != "head"]
+        int8_body_seconds = model.layers * sum(int8_seconds(rows, a, b) for a, b in layer)
+        int8 = max(int8, body_flop / int8_body_seconds)
     source = torch.ones(READ_BYTES // 4)
     target = torch.empty_like(source)
     read = READ_BYTES / best_seconds(source.sum)
     copy = 2 * READ_BYTES / best_seconds(lambda: target.copy_(source))
     return MeasuredRates(
         flops=max(*whole.values(), *body.values()),
+        int8_flops=int8,
         bandwidth=max(read, copy),
         pass_flops_by_rows=whole,
         body_flops_by_rows=body,

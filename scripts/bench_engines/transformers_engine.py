@@ -79,7 +79,7 @@ def main() -> None:
             print(f"batch size {batch_size}: {timings[-1].seconds:.1f} s", file=sys.stderr)
         best = min(timings, key=lambda timing: timing.seconds)
         report(
-            engine="transformers",
+            engine=arguments.name,
             order=order,
             load_seconds=load_seconds,
             engine_seconds=best.seconds,
