@@ -1,7 +1,7 @@
 """Compiles the CPU kernels, once for each kind of processor; without a compiler, does without.
 
 Everything else about the package is in pyproject.toml. No headers but the compiler's own are used,
-and OpenMP is not linked: at run time torch's is there (batchllm/native/library.py).
+and OpenMP is not linked: at run time torch's is there (batchllm/native/kernels.py).
 """
 
 import platform

@@ -20,6 +20,7 @@ from batchllm.prefix.plan import PrefixPlan, plan_requests, reorder
 from batchllm.prefix.policies.registry import AUTO, STREAMING, check_policy
 from batchllm.prefix.policies.sample import sample_first
 from batchllm.progress import Progress
+from batchllm.prompting import choose_max_model_len, prompt_builder
 from batchllm.request import Request, RequestOutput, RowError, SamplingParams
 from batchllm.runner.load import load_runner
 from batchllm.scheduler.base import SchedulerStats, StepScheduler
@@ -31,7 +32,7 @@ from batchllm.simulate.cost import CostModel
 from batchllm.simulate.saved import this_machine
 from batchllm.simulate.shape import shape_of
 from batchllm.text.field_order import ColumnRules, learn_field_order
-from batchllm.text.prompts import PromptBatch, PromptBuilder, PromptSpec
+from batchllm.text.prompts import PromptBatch, PromptSpec
 
 Prompt = str | Sequence[int]
 _NO_TOKENS = np.zeros(0, dtype=np.int32)
@@ -356,43 +357,6 @@ class LLM:
             requests += [replace(r, sampling_params=each[r.row_index]) for r in made]
             errors |= failed
         return self.answer(sorted(requests, key=lambda r: r.row_index), errors)
-
-
-def choose_max_model_len(checkpoint: Checkpoint, config: EngineConfig) -> int:
-    """Tokens of prompt and answer together, by the config or as the model was made for.
-
-    Raises:
-        UsageError: the config asks for more than the model was made for.
-    """
-    longest = checkpoint.config.max_position_embeddings
-    if config.max_model_len is not None and config.max_model_len > longest:
-        raise UsageError(
-            f"max_model_len is {config.max_model_len:,}; the model was made for {longest:,}"
-        )
-    return config.max_model_len or longest
-
-
-def prompt_builder(
-    checkpoint: Checkpoint,
-    config: EngineConfig,
-    spec: PromptSpec,
-    field_rules: ColumnRules | None = None,
-) -> PromptBuilder:
-    """What makes a model's prompts; needs no weights.
-
-    `field_rules` is what was learned for `spec.reorder_fields`, from the whole of the input.
-
-    Raises:
-        UsageError: the spec wants a chat template and the model has none, or `max_model_len` is
-            more than the model was made for.
-    """
-    return PromptBuilder(
-        spec,
-        checkpoint.tokenizer(),
-        choose_max_model_len(checkpoint, config),
-        vocab_size=checkpoint.config.vocab_size,
-        field_rules=field_rules,
-    )
 
 
 def _failed(row: int, error: RowError) -> RequestOutput:

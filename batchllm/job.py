@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from batchllm import __version__
-from batchllm.api import LLM, choose_max_model_len, prompt_builder
+from batchllm.api import LLM
 from batchllm.config import EngineConfig
 from batchllm.errors import OutputError, UsageError
 from batchllm.io.answers import AnswerColumns
@@ -24,6 +24,7 @@ from batchllm.models.checkpoint import Checkpoint, open_checkpoint
 from batchllm.models.locate import resolve
 from batchllm.progress import Progress
 from batchllm.prompt_worker import PromptWorker, prompts_ahead
+from batchllm.prompting import choose_max_model_len, prompt_builder
 from batchllm.request import SamplingParams
 from batchllm.runner.dtype import choose_dtype
 from batchllm.text.field_order import learn_field_order

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from batchllm.errors import UsageError
 from batchllm.models.rope import Rotation
-from batchllm.native.library import NativeLibrary, load_library
+from batchllm.native.kernels import NativeKernels, load_kernels
 from batchllm.runner.model_input import AttentionItems, ModelInput
 
 Ints = NDArray[np.int64]
@@ -84,10 +84,10 @@ class NativeBackend:
     """
 
     def __init__(
-        self, block_size: int, head_dim: int, library: NativeLibrary | None = None
+        self, block_size: int, head_dim: int, kernels: NativeKernels | None = None
     ) -> None:
-        library = library or load_library()
-        if library is None:
+        kernels = kernels or load_kernels()
+        if kernels is None:
             raise UsageError(
                 "no kernels were compiled when batchllm was installed; install g++, then batchllm "
                 "again"
@@ -102,22 +102,22 @@ class NativeBackend:
                 f"the compiled kernels need a head_dim that is a multiple of {_WIDTH}; it is "
                 f"{head_dim}"
             )
-        self.name = f"native ({library.target})"
-        self.library = library
+        self.name = f"native ({kernels.target})"
+        self.kernels = kernels
         self._block_size = block_size
 
     def plan(self, step: ModelInput, rotation: Rotation) -> "NativePlan":
         """Everything but the tiles is the step's own arrays."""
-        return NativePlan(self.library, step, rotation, self._block_size)
+        return NativePlan(self.kernels, step, rotation, self._block_size)
 
 
 class NativePlan:
     """A step for the kernel. The tiles depend on the heads, so they are cut at the first layer."""
 
     def __init__(
-        self, library: NativeLibrary, step: ModelInput, rotation: Rotation, block_size: int
+        self, kernels: NativeKernels, step: ModelInput, rotation: Rotation, block_size: int
     ) -> None:
-        self._library = library
+        self._kernels = kernels
         self._input = step
         self._rotation = rotation
         self._block_size = block_size
@@ -133,7 +133,7 @@ class NativePlan:
             self._tiles = self._prepare(num_heads, keys.shape[2], head_dim, qkv.dtype)
         out = qkv.new_empty(num_tokens, num_heads * head_dim)
         layer = _Layer(qkv.data_ptr(), keys.data_ptr(), values.data_ptr(), out.data_ptr())
-        self._library.attention(ctypes.byref(self._step), ctypes.byref(layer))
+        self._kernels.attention(ctypes.byref(self._step), ctypes.byref(layer))
         return out
 
     def _prepare(

@@ -2,21 +2,21 @@
 
 import torch
 
-from batchllm.native.library import NativeLibrary
+from batchllm.native.kernels import NativeKernels
 
 
 class NativeOperations:
     """`Operations` (models/operations.py) on contiguous bfloat16 or float32 tensors."""
 
-    def __init__(self, library: NativeLibrary) -> None:
-        self._library = library
+    def __init__(self, kernels: NativeKernels) -> None:
+        self._kernels = kernels
 
     def add_rms_norm(
         self, hidden: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float
     ) -> torch.Tensor:
         """See `Operations`."""
         out = torch.empty_like(hidden)
-        self._library.add_rms_norm(
+        self._kernels.add_rms_norm(
             _is_bfloat16(hidden, weight, *([] if delta is None else [delta])),
             *hidden.shape,
             eps,
@@ -31,7 +31,7 @@ class NativeOperations:
         """See `Operations`."""
         rows, size = len(gate_up), gate_up.shape[1] // 2
         out = gate_up.new_empty(rows, size)
-        self._library.silu_and_multiply(
+        self._kernels.silu_and_multiply(
             _is_bfloat16(gate_up), rows, size, gate_up.data_ptr(), out.data_ptr()
         )
         return out
@@ -39,7 +39,7 @@ class NativeOperations:
     def argmax(self, logits: torch.Tensor) -> torch.Tensor:
         """See `Operations`."""
         out = torch.empty(len(logits), dtype=torch.int32)
-        self._library.argmax(_is_bfloat16(logits), *logits.shape, logits.data_ptr(), out.data_ptr())
+        self._kernels.argmax(_is_bfloat16(logits), *logits.shape, logits.data_ptr(), out.data_ptr())
         return out
 
 

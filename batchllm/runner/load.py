@@ -52,7 +52,7 @@ def load_runner(checkpoint: Checkpoint, config: EngineConfig, max_model_len: int
     if config.attention_backend == "auto":
         slower = why_not_native(config.block_size, shape.head_dim)
     if isinstance(backend, NativeBackend):
-        operations = NativeOperations(backend.library)
+        operations = NativeOperations(backend.kernels)
     model = make_model(shape, dtype, operations)
     model.load(checkpoint.weights(dtype))
     block_bytes = config.block_size * kv_bytes_per_token(

@@ -13,7 +13,7 @@ from batchllm.cache.block_pool import BlockPool
 from batchllm.engine import Engine
 from batchllm.errors import UsageError
 from batchllm.models.rope import Rotation
-from batchllm.native.library import load_library, usable_targets
+from batchllm.native.kernels import load_kernels, usable_targets
 from batchllm.prefix.plan import plan_requests
 from batchllm.request import Request, SamplingParams
 from batchllm.runner.fake_runner import FakeRunner
@@ -22,7 +22,7 @@ from batchllm.runner.model_input import build_model_input
 from batchllm.scheduler.scheduler import Scheduler
 
 NUM_BLOCKS = 400
-NATIVE = [target for target in usable_targets() if load_library(target)]
+NATIVE = [target for target in usable_targets() if load_kernels(target)]
 
 
 class AttentionCheck:
@@ -139,7 +139,7 @@ def test_native_backend_equals_reference_on_random_trees(target, rows, budget, b
     kv_heads, group, head_dim = shape
     steps = check(
         rows,
-        NativeBackend(block_size, head_dim, load_library(target)),
+        NativeBackend(block_size, head_dim, load_kernels(target)),
         checker=StaleCheck,
         block_size=block_size,
         budget=budget,
@@ -173,7 +173,7 @@ def test_long_shared_prefixes_are_read_once_for_all():
 def test_native_backend_equals_reference_on_long_contexts(target, dtype, block_size, rows):
     steps = check(
         rows,
-        NativeBackend(block_size, 64, load_library(target)),
+        NativeBackend(block_size, 64, load_kernels(target)),
         checker=StaleCheck,
         block_size=block_size,
         budget=200,

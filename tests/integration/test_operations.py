@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 from batchllm.models.linear import Linear, can_pack
 from batchllm.models.operations import TorchOperations
-from batchllm.native.library import load_library, usable_targets
+from batchllm.native.kernels import load_kernels, usable_targets
 from batchllm.native.operations import NativeOperations
 
-TARGETS = [target for target in usable_targets() if load_library(target)]
+TARGETS = [target for target in usable_targets() if load_kernels(target)]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2}  # bfloat16: two roundings of 2^-8
 SHAPES = st.tuples(st.integers(1, 9), st.integers(1, 70))
 
@@ -28,7 +28,7 @@ def test_rms_norm_adds_in_place_and_equals_torch(target, dtype, shape, with_delt
     hidden, weight = noise(*shape, dtype=dtype), noise(shape[1], dtype=dtype, seed=1)
     delta = noise(*shape, dtype=dtype, seed=2) if with_delta else None
     exact = hidden.clone()
-    got = NativeOperations(load_library(target)).add_rms_norm(hidden, delta, weight, 1e-5)
+    got = NativeOperations(load_kernels(target)).add_rms_norm(hidden, delta, weight, 1e-5)
     TorchOperations().add_rms_norm(exact, delta, weight, 1e-5)
     assert torch.equal(hidden, exact)
     # In float32, so that torch's own roundings of bfloat16 are not the yardstick.
@@ -42,7 +42,7 @@ def test_rms_norm_adds_in_place_and_equals_torch(target, dtype, shape, with_delt
 @settings(max_examples=30, deadline=None)
 def test_gate_equals_torch_for_small_and_large_values(target, dtype, shape, scale):
     gate_up = noise(shape[0], 2 * shape[1], dtype=dtype) * scale
-    got = NativeOperations(load_library(target)).silu_and_multiply(gate_up)
+    got = NativeOperations(load_kernels(target)).silu_and_multiply(gate_up)
     expected = TorchOperations().silu_and_multiply(gate_up.float())
     torch.testing.assert_close(got.float(), expected, atol=1e-6, rtol=TOLERANCE[dtype])
 
@@ -53,7 +53,7 @@ def test_gate_equals_torch_for_small_and_large_values(target, dtype, shape, scal
 @settings(max_examples=50, deadline=None)
 def test_argmax_is_the_first_of_the_largest(target, dtype, rows):
     logits = torch.tensor(rows).to(dtype)
-    got = NativeOperations(load_library(target)).argmax(logits)
+    got = NativeOperations(load_kernels(target)).argmax(logits)
     assert got.tolist() == np.argmax(np.array(rows), axis=1).tolist()
 
 

@@ -36,8 +36,10 @@ ALLOWED = {
         *("errors", "request", "prefix", "cache", "scheduler", "simulate", "text", "progress"),
         "report",
     },
+    "prompting": {"errors", "config", "models", "text"},
     "api": {
         *("errors", "request", "config", "metrics", "progress", "engine", "prefix", "cache"),
+        "prompting",
         *("scheduler", "simulate", "runner", "models", "text", "io"),
     },
 }

@@ -2,7 +2,7 @@
 //
 // Written in the vector extensions that GCC and Clang share, so one source serves every processor;
 // intrinsics only where a processor multiplies bfloat16 itself. The library is compiled once for
-// each kind of processor (setup.py), and native/library.py loads the best that the machine runs.
+// each kind of processor (setup.py), and native/kernels.py loads the best that the machine runs.
 #pragma once
 
 #include <cstdint>

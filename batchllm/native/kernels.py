@@ -23,7 +23,7 @@ _NEEDS: dict[str, frozenset[str]] = {
 }
 
 
-class NativeLibrary:
+class NativeKernels:
     """The kernels compiled for one kind of processor. Pointers are to contiguous memory."""
 
     def __init__(self, target: str, path: Path) -> None:
@@ -51,7 +51,7 @@ def usable_targets(cpuinfo: Path = Path("/proc/cpuinfo"), home: Path = _HERE) ->
 
 
 @cache
-def load_library(target: str | None = None) -> NativeLibrary | None:
+def load_kernels(target: str | None = None) -> NativeKernels | None:
     """The kernels for `target`, by default the best that runs here; None where there are none.
 
     A library that is there but does not load (built by a compiler whose OpenMP is not torch's) is
@@ -62,7 +62,7 @@ def load_library(target: str | None = None) -> NativeLibrary | None:
         if path is None or (target is not None and name != target):
             continue
         try:
-            return NativeLibrary(name, path)
+            return NativeKernels(name, path)
         except OSError:
             continue
     return None

@@ -1,0 +1,44 @@
+"""What makes a model's prompts, and how long they may be; needs its tokenizer, not its weights."""
+
+from batchllm.config import EngineConfig
+from batchllm.errors import UsageError
+from batchllm.models.checkpoint import Checkpoint
+from batchllm.text.field_order import ColumnRules
+from batchllm.text.prompts import PromptBuilder, PromptSpec
+
+
+def choose_max_model_len(checkpoint: Checkpoint, config: EngineConfig) -> int:
+    """Tokens of prompt and answer together, by the config or as the model was made for.
+
+    Raises:
+        UsageError: the config asks for more than the model was made for.
+    """
+    longest = checkpoint.config.max_position_embeddings
+    if config.max_model_len is not None and config.max_model_len > longest:
+        raise UsageError(
+            f"max_model_len is {config.max_model_len:,}; the model was made for {longest:,}"
+        )
+    return config.max_model_len or longest
+
+
+def prompt_builder(
+    checkpoint: Checkpoint,
+    config: EngineConfig,
+    spec: PromptSpec,
+    field_rules: ColumnRules | None = None,
+) -> PromptBuilder:
+    """What makes a model's prompts; needs no weights.
+
+    `field_rules` is what was learned for `spec.reorder_fields`, from the whole of the input.
+
+    Raises:
+        UsageError: the spec wants a chat template and the model has none, or `max_model_len` is
+            more than the model was made for.
+    """
+    return PromptBuilder(
+        spec,
+        checkpoint.tokenizer(),
+        choose_max_model_len(checkpoint, config),
+        vocab_size=checkpoint.config.vocab_size,
+        field_rules=field_rules,
+    )
