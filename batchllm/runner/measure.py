@@ -4,8 +4,8 @@ import time
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 
+from batchllm.models.linear import Linear
 from batchllm.simulate.shape import ModelShape
 
 _ROWS = (1, 4, 16, 32, 64, 128, 256, 512, 1024, 2048)
@@ -28,7 +28,7 @@ def gemm_rates(shape: ModelShape, dtype: str) -> tuple[tuple[int, float], ...]:
         (shape.intermediate_size, shape.hidden_size),
     )
     layers = [
-        [torch.randn(outputs, inputs).to(kind) for inputs, outputs in sizes]
+        [_random_linear(inputs, outputs, kind) for inputs, outputs in sizes]
         for _ in range(min(shape.num_layers, 8))
     ]
     flops = 2 * sum(inputs * outputs for inputs, outputs in sizes) * len(layers)
@@ -38,11 +38,19 @@ def gemm_rates(shape: ModelShape, dtype: str) -> tuple[tuple[int, float], ...]:
 
         def run(given: dict[int, torch.Tensor] = given) -> None:
             for weights in layers:
-                for weight in weights:
-                    F.linear(given[weight.shape[1]], weight)
+                for (inputs, _), linear in zip(sizes, weights, strict=True):
+                    linear(given[inputs])
 
         rates.append((rows, rows * flops / _least_seconds(run)))
     return tuple(rates)
+
+
+def _random_linear(inputs: int, outputs: int, dtype: torch.dtype) -> Linear:
+    linear = Linear(inputs, outputs, dtype=dtype)
+    assert linear.weight is not None
+    linear.weight.copy_(torch.randn(outputs, inputs))
+    linear.pack()
+    return linear
 
 
 @torch.inference_mode()

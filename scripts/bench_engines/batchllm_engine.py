@@ -4,8 +4,6 @@ import time
 
 START = time.perf_counter()
 
-from typing import Any  # noqa: E402
-
 from contract import KV_CACHE_BYTES, Rows, make_parser, report, warm_up_rows  # noqa: E402
 
 from batchllm import LLM, SamplingParams  # noqa: E402
@@ -18,14 +16,10 @@ def generate(llm: LLM, rows: Rows) -> list[list[int]]:
 
 
 def main() -> None:
-    """Command line of contract.py, and how to quantize."""
+    """Command line of contract.py."""
     parser = make_parser((__doc__ or "").splitlines()[0], model="GGUF file or directory")
-    parser.add_argument("--quantization", help="as LLM(quantization=...) takes it")
     arguments = parser.parse_args()
-    options: dict[str, Any] = {"kv_memory": KV_CACHE_BYTES}
-    if arguments.quantization is not None:
-        options["quantization"] = arguments.quantization
-    llm = LLM(arguments.model, **options)
+    llm = LLM(arguments.model, kv_memory=KV_CACHE_BYTES)
     generate(llm, warm_up_rows())
     load_seconds = time.perf_counter() - START
     for order in arguments.order:
@@ -39,7 +33,7 @@ def main() -> None:
             engine_seconds=time.perf_counter() - start,
             rows=rows,
             outputs=outputs,
-            settings=options,
+            settings={"dtype": llm.dtype, "kv_memory": KV_CACHE_BYTES},
             save_tokens=arguments.save_tokens,
         )
 

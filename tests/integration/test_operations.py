@@ -1,5 +1,10 @@
 """The compiled operations and packed products against torch's own."""
 
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -76,6 +81,20 @@ def test_float32_is_not_packed():
     linear = Linear(16, 16, dtype=torch.float32)
     linear.pack()
     assert linear.weight is not None
+
+
+@pytest.mark.skipif(not TARGETS, reason="no kernels were compiled")
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+def test_there_is_one_openmp_in_the_process():
+    # In a process of its own: what tests import may bring another.
+    code = (
+        "from batchllm.native.kernels import load_kernels as load\n"
+        "assert load() is not None\n"
+        "print(open('/proc/self/maps').read())"
+    )
+    maps = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    runtimes = re.findall(r"/\S*lib(?:gomp|omp|iomp5)\b\S*", maps.stdout)
+    assert len(set(runtimes)) == 1, set(runtimes)
 
 
 def test_targets_go_by_the_processors_flags(tmp_path):

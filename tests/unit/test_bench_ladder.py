@@ -125,8 +125,8 @@ def test_a_cell_that_was_cut_off_is_run_again_whole(monkeypatch, tmp_path):
 def test_an_engine_can_be_added_later(monkeypatch, tmp_path):
     path = tmp_path / "runs.json"
     climb(monkeypatch, path, rounds=1)
-    ran = climb(monkeypatch, path, names="batchllm-int8", rounds=1)
-    assert ran == [(1, "8x32", "batchllm-int8"), (1, "4x16", "batchllm-int8")]
+    ran = climb(monkeypatch, path, names="vllm-int8", rounds=1)
+    assert ran == [(1, "8x32", "vllm-int8"), (1, "4x16", "vllm-int8")]
     assert len(open_ledger(path, resume=True).runs) == 6
 
 
@@ -137,13 +137,11 @@ def test_who_goes_first_changes():
 
 def test_commands():
     known = engines.engines(Path("m.gguf"), Path("py"), [16, 32])
-    ours = known["batchllm-int8"].command(Path("w"), ["shuffled"])
+    ours = known["batchllm"].command(Path("w"), ["shuffled"])
     assert ours[0] == "py"
     assert ours[1].endswith("batchllm_engine.py")
     assert ours[2:4] == ["w", "--name"]
-    assert " ".join(ours[4:]) == (
-        "batchllm-int8 --model m.gguf --order shuffled --quantization int8"
-    )
+    assert " ".join(ours[4:]) == "batchllm --model m.gguf --order shuffled"
     assert known["vllm-int8"].model.name == "model-int8"
     assert known["transformers"].options == ("--batch-size", "16", "32")
 

@@ -122,16 +122,18 @@ INLINE void multiply_keys(
         for (int n = 0; n < N; n++) store(scores + r * KEYS + n * W, sums[r][n]);
 }
 
-// out[r][0 : N * W] = keep[r] * itself + weights[r] . values, over `count` keys from the start of a block.
+// out[r][first : first + N * W] = keep[r] * itself + weights[r] . values, over `count` keys; every
+// pointer of `blocks` is to the first of `block_size` of them.
 template <typename T, int R, int N>
 INLINE void multiply_values(
     const typename T::Value* weights, const typename T::Value* const* blocks, int block_size,
-    int count, int head_dim, Floats keep, float* out) {
+    int count, int head_dim, Floats keep, int first, float* out) {
+    out += first;
     Floats sums[R][N];
     for (int r = 0; r < R; r++)
         for (int n = 0; n < N; n++) sums[r][n] = load<Floats>(out + r * head_dim + n * W) * keep[r];
     for (int begin = 0; begin < count; begin += block_size) {
-        const typename T::Value* values = blocks[begin / block_size];
+        const typename T::Value* values = blocks[begin / block_size] + first * T::GROUP;
         const int here = std::min(block_size, count - begin), whole = here - here % T::GROUP;
         for (int k = 0; k < whole; k += T::GROUP, values += head_dim * T::GROUP) {
             Words columns[N];
@@ -141,7 +143,8 @@ INLINE void multiply_values(
             for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
                 for (int n = 0; n < N; n++)
-                    sums[r][n] = T::add_product(sums[r][n], columns[n], weights + r * KEYS + begin + k);
+                    sums[r][n] = T::add_product(
+                        sums[r][n], columns[n], weights + r * KEYS + begin + k);
         }
         if (whole == here) continue;
         for (int n = 0; n < N; n++) {  // the rest of the last group may be anything, even NaN
@@ -210,27 +213,13 @@ void attend_rows(
         store(sums, total);
     }
 
+    const typename T::Value* weights = scratch.weights.data();
     float* out = scratch.out.data() + int64_t(first) * head_dim;
-    const typename T::Value* const* from = values;
-    const typename T::Value* moved[KEYS];
     int d = 0;
-    for (; d < head_dim; d += COLUMNS * W) {
-        if (d > 0) {
-            const int num_blocks = (count + block_size - 1) / block_size;
-            for (int b = 0; b < num_blocks; b++) moved[b] = values[b] + d * T::GROUP;
-            from = moved;
-        }
-        const typename T::Value* w = scratch.weights.data();
-        if (d + COLUMNS * W <= head_dim) {
-            multiply_values<T, R, COLUMNS>(w, from, block_size, count, head_dim, keep, out + d);
-        } else {
-            for (int e = d; e < head_dim; e += W) {
-                const int num_blocks = (count + block_size - 1) / block_size;
-                for (int b = 0; b < num_blocks; b++) moved[b] = values[b] + e * T::GROUP;
-                multiply_values<T, R, 1>(w, moved, block_size, count, head_dim, keep, out + e);
-            }
-        }
-    }
+    for (; d + COLUMNS * W <= head_dim; d += COLUMNS * W)
+        multiply_values<T, R, COLUMNS>(weights, values, block_size, count, head_dim, keep, d, out);
+    for (; d < head_dim; d += W)
+        multiply_values<T, R, 1>(weights, values, block_size, count, head_dim, keep, d, out);
 }
 
 template <typename T, int R>
@@ -257,7 +246,8 @@ void attend_item(
     const int64_t end = std::min(s.query_end[item], tile_end);
     const int64_t* ids = s.block_ids + s.block_offsets[item];
     const Value* all_keys = static_cast<const Value*>(layer.keys) + kv_head * layout.head_values;
-    const Value* all_values = static_cast<const Value*>(layer.values) + kv_head * layout.head_values;
+    const Value* all_values =
+        static_cast<const Value*>(layer.values) + kv_head * layout.head_values;
     const float scale = float(M_LOG2E / std::sqrt(double(s.head_dim)));
     // How many tokens of the segment a query sees: all, or up to its own.
     const auto sees = [&](int64_t query) {

@@ -7,7 +7,8 @@ extern "C" {
 
 // One step. Items are those of runner/model_input.py; a tile is `tile_size` neighbouring queries,
 // and `tile_items[tile_offsets[t] : tile_offsets[t + 1]]` are the items that any of them reads.
-// `tile_order` [num_tiles] names the dearest tiles first. cos and sin are [num_tokens, head_dim / 2].
+// `tile_order` [num_tiles] names the dearest tiles first; cos and sin are [num_tokens,
+// head_dim / 2].
 struct Step {
     int64_t num_tokens;
     int64_t num_tiles;

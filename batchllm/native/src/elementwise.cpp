@@ -23,7 +23,8 @@ void add_rms_norm(
             const Value* more = static_cast<const Value*>(delta) + i * size;
             for (int64_t j = 0; j < whole; j += W)
                 T::narrow(row + j, T::widen(row + j) + T::widen(more + j));
-            for (int64_t j = whole; j < size; j++) row[j] = T::put(T::get(row[j]) + T::get(more[j]));
+            for (int64_t j = whole; j < size; j++)
+                row[j] = T::put(T::get(row[j]) + T::get(more[j]));
         }
         Floats squares{};
         for (int64_t j = 0; j < whole; j += W) {
