@@ -14,10 +14,11 @@ if platform.machine() in ("x86_64", "AMD64"):
     TARGETS |= {
         "avx2": ["-mavx2", "-mfma"],
         "avx512": AVX512,
-        "avx512_bf16": [*AVX512, "-mavx512bf16"],
+        "avx512_vnni": [*AVX512, "-mavx512vnni"],
+        "avx512_bf16": [*AVX512, "-mavx512vnni", "-mavx512bf16"],
     }
-SOURCES = [f"batchllm/native/src/{name}.cpp" for name in ("attention", "elementwise")]
-HEADERS = [f"batchllm/native/src/{name}.h" for name in ("attention", "elementwise", "simd")]
+SOURCES = [f"batchllm/native/src/{name}.cpp" for name in ("attention", "elementwise", "linear")]
+HEADERS = [f"batchllm/native/src/{name}.h" for name in ("attention", "elementwise", "linear", "simd")]
 # The warnings are about GCC's own intrinsics.
 QUIET = ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fopenmp", "-fno-math-errno", *QUIET]

@@ -23,6 +23,7 @@ from batchllm.progress import Progress
 from batchllm.prompting import choose_max_model_len, prompt_builder
 from batchllm.request import Request, RequestOutput, RowError, SamplingParams
 from batchllm.runner.load import load_runner
+from batchllm.runner.timed import Clock
 from batchllm.scheduler.base import SchedulerStats, StepScheduler
 from batchllm.scheduler.batch import Batch, FinishedSequence
 from batchllm.scheduler.factory import SchedulerLimits, make_scheduler
@@ -45,6 +46,7 @@ class LLM:
         model: a directory with safetensors, a GGUF file, a Hugging Face hub id, a registered
             name, or an opened checkpoint; None is the default model.
         config: how the engine runs; or give its fields as keywords (`dtype=…, kv_memory=…`).
+        clock: takes the times of a step's parts, for measuring.
 
     Raises:
         ModelError: the model cannot be found or loaded.
@@ -55,6 +57,8 @@ class LLM:
         self,
         model: str | Path | Checkpoint | None = None,
         config: EngineConfig | None = None,
+        *,
+        clock: Clock | None = None,
         **options: Any,
     ) -> None:
         if config is not None and options:
@@ -67,7 +71,7 @@ class LLM:
         self.checkpoint = model
         self.max_model_len = choose_max_model_len(model, self.config)
         self.tokenizer = model.tokenizer()
-        loaded = load_runner(model, self.config, self.max_model_len)
+        loaded = load_runner(model, self.config, self.max_model_len, clock)
         self.dtype = loaded.dtype
         self.threads = loaded.threads
         self.attention = loaded.attention

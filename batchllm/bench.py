@@ -11,6 +11,7 @@ from batchllm.api import LLM
 from batchllm.prefix.plan import PrefixPlan, plan_tokens
 from batchllm.request import RaggedTokens, SamplingParams
 from batchllm.runner.measure import gemm_rates, read_bandwidth
+from batchllm.runner.timed import OTHER, PARTS, SCHEDULER, Clock
 from batchllm.scheduler.batch import Batch, StepOutput
 from batchllm.simulate.bound import bound
 from batchllm.simulate.calibrate import MeasuredStep, calibrate
@@ -95,8 +96,9 @@ class BenchResult:
 class Bench:
     """Runs workloads on a loaded model, step by step, with a clock."""
 
-    def __init__(self, llm: LLM) -> None:
+    def __init__(self, llm: LLM, clock: Clock) -> None:
         self._llm = llm
+        self._clock = clock
 
     def calibrate(self, notify: Callable[[str], None] = lambda _: None) -> Machine:
         """Measure products and memory, run the calibration workloads, and fit."""
@@ -131,12 +133,17 @@ class Bench:
 
     def run(self, workload: Workload) -> list[MeasuredStep]:
         """Run a workload; returns its steps."""
-        scheduler, steps = self._llm.new_scheduler(), []
+        clock, scheduler, steps = self._clock, self._llm.new_scheduler(), []
         scheduler.add(workload.plan(self._llm.checkpoint.config.vocab_size))
+        clock.seconds.clear()
+        schedule = clock.timed(SCHEDULER, scheduler.schedule)
+        update = clock.timed(SCHEDULER, scheduler.update)
         while scheduler.has_unfinished:
             started = time.perf_counter()
-            batch: Batch = scheduler.schedule()
+            batch: Batch = schedule()
             output: StepOutput = self._llm.runner.execute(batch)
-            scheduler.update(batch, output)
+            update(batch, output)
             steps.append(MeasuredStep(batch, time.perf_counter() - started))
+        total = sum(step.seconds for step in steps)
+        clock.seconds[OTHER] = total - sum(clock.seconds.values())
         return steps

@@ -8,6 +8,7 @@ from typing import Any
 from batchllm.errors import UsageError
 
 DTYPES = ("auto", "bfloat16", "float32")
+QUANTIZATIONS = ("int8",)
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
@@ -15,7 +16,8 @@ _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 class EngineConfig:
     """Everything about *how* answers are computed. None of it changes them by more than rounding.
 
-    `dtype` says what is rounded to, so it belongs to a job's identity; others, like `sharing` and
+    `dtype` and `quantization` say what is rounded to, so they belong to a job's identity; `int8`
+    rounds far more coarsely than any dtype. Others, like `sharing` and
     `threads`, at most change the order of a sum. `kv_memory` is in bytes; None takes a share of the
     machine's free memory. `threads` is how many compute; None takes one a core that this process
     may use. `max_num_batched_tokens` bounds one step's prefill work. `max_num_seqs` bounds index
@@ -26,6 +28,7 @@ class EngineConfig:
     """
 
     dtype: str = "auto"
+    quantization: str | None = None
     policy: str = "auto"
     sharing: bool = True
     attention_backend: str = "auto"
@@ -39,6 +42,10 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise UsageError(f"dtype is {self.dtype!r}; choose one of {', '.join(DTYPES)}")
+        if self.quantization is not None and self.quantization not in QUANTIZATIONS:
+            raise UsageError(
+                f"quantization is {self.quantization!r}; there is: {', '.join(QUANTIZATIONS)}"
+            )
         for name in ("block_size", "max_num_batched_tokens", "max_num_seqs"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")

@@ -30,7 +30,7 @@ class _Step(ctypes.Structure):
         *[(name, c_void_p) for name in ("slots", "cos", "sin")],
         *[(name, c_void_p) for name in ("query_begin", "query_end", "kv_len", "own")],
         *[(name, c_void_p) for name in ("block_offsets", "block_ids")],
-        *[(name, c_void_p) for name in ("tile_order", "tile_offsets", "tile_items")],
+        *[(name, c_void_p) for name in ("tile_begin", "tile_order", "tile_offsets", "tile_items")],
     ]
 
 
@@ -44,34 +44,52 @@ class _Layer(ctypes.Structure):
 class Tiles:
     """Neighbouring queries that are attended together, and the items each tile reads.
 
-    Tile t is the queries `[t * size, (t + 1) * size)` and reads `items[offsets[t]:offsets[t + 1]]`;
+    Tile t is the queries `[begin[t], begin[t + 1])` and reads `items[offsets[t]:offsets[t + 1]]`;
     `order` [num_tiles] has the dearest first.
     """
 
-    size: int
+    begin: Ints
     order: Ints
     offsets: Ints
     items: Ints
 
     @classmethod
     def of(cls, items: AttentionItems, num_tokens: int, size: int) -> "Tiles":
-        """Cut `num_tokens` queries into tiles."""
-        num_tiles = -(-num_tokens // size)
-        first, last = items.query_begin // size, (items.query_end - 1) // size
-        count = last - first + 1
+        """Cut `num_tokens` queries into tiles of at most `size`, where fewest tokens are read twice.
+
+        A cut through an item makes two tiles read it, so cuts go to the ends of shared ones.
+        """
+        begin = _cuts(items, num_tokens, size)
+        num_tiles = len(begin) - 1
+        first = np.searchsorted(begin, items.query_begin, side="right") - 1
+        count = np.searchsorted(begin, items.query_end, side="left") - first
         item = np.repeat(np.arange(len(items)), count)
         tile = np.arange(len(item)) - np.repeat(np.cumsum(count) - count - first, count)
-        begin = np.maximum(items.query_begin[item], tile * size)
-        end = np.minimum(items.query_end[item], (tile + 1) * size)
+        start = np.maximum(items.query_begin[item], begin[tile])
+        end = np.minimum(items.query_end[item], begin[tile + 1])
         unseen = np.where(items.own[item], items.query_end[item] - end, 0)
-        cost = (end - begin) * (items.kv_len[item] - unseen)
+        cost = (end - start) * (items.kv_len[item] - unseen)
         by_tile = np.argsort(tile, kind="stable")
         return cls(
-            size=size,
+            begin=begin,
             order=np.argsort(-np.bincount(tile, cost, num_tiles), kind="stable"),
             offsets=np.concatenate([[0], np.cumsum(np.bincount(tile, minlength=num_tiles))]),
             items=item[by_tile],
         )
+
+
+def _cuts(items: AttentionItems, num_tokens: int, size: int) -> Ints:
+    """Where tiles begin, and `num_tokens`; each at the cheapest place in its second half."""
+    crossing = np.zeros(num_tokens + 1, dtype=np.int64)  # tokens of items that a cut there divides
+    np.add.at(crossing, items.query_begin + 1, items.kv_len)
+    np.add.at(crossing, items.query_end, -items.kv_len)
+    crossing = np.cumsum(crossing)
+    cuts = [0]
+    while cuts[-1] + size < num_tokens:
+        least, most = cuts[-1] + size // 2 + 1, cuts[-1] + size
+        choice = crossing[least : most + 1]
+        cuts.append(most - int(np.argmin(choice[::-1])))  # the last of the cheapest
+    return np.array([*cuts, num_tokens])
 
 
 class NativeBackend:
@@ -145,13 +163,14 @@ class NativePlan:
             items, num_tokens, max(1, min(even, _TILE_ROWS * num_kv_heads // num_heads))
         )
         step = self._step
-        step.num_tokens, step.num_tiles, step.tile_size = num_tokens, len(tiles.order), tiles.size
+        step.num_tokens, step.num_tiles = num_tokens, len(tiles.order)
+        step.tile_size = int(np.diff(tiles.begin).max())
         step.num_heads, step.num_kv_heads, step.head_dim = num_heads, num_kv_heads, head_dim
         step.block_size, step.is_bfloat16 = self._block_size, dtype == torch.bfloat16
         step.cos, step.sin = self._rotation.cos.data_ptr(), self._rotation.sin.data_ptr()
         arrays = {name: getattr(items, name) for name in ("query_begin", "query_end", "kv_len")}
         arrays |= {name: getattr(items, name) for name in ("own", "block_offsets", "block_ids")}
-        arrays |= {f"tile_{name}": getattr(tiles, name) for name in ("order", "offsets", "items")}
+        arrays |= {f"tile_{name}": getattr(tiles, name) for name in ("begin", "order", "offsets", "items")}
         for name, array in (arrays | {"slots": self._input.slots}).items():
             assert array.flags.c_contiguous and array.itemsize == (1 if name == "own" else 8), name
             setattr(step, name, array.ctypes.data)

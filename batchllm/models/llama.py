@@ -31,11 +31,18 @@ class LlamaLayer:
 class LlamaModel:
     """LlamaForCausalLM, inference only. Attention is handed in: the model knows no cache."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, operations: Operations) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        operations: Operations,
+        quantization: str | None = None,
+    ) -> None:
         self.config = config
         self.dtype = dtype
         self.rotary = RotaryEmbedding(config)
         self._operations = operations
+        self._pack = operations.pack if quantization is None else operations.pack_int8
         self._embedding = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype)
         self._norm = torch.empty(config.hidden_size, dtype=dtype)
         self._layers = [self._empty_layer() for _ in range(config.num_layers)]
@@ -65,7 +72,7 @@ class LlamaModel:
             raise ModelError(f"{len(places)} tensors are missing, among them {next(iter(places))}")
         del place  # the last view of a weight that packing gives up
         for linear in self._linears():
-            linear.pack()
+            linear.pack(self._pack)
 
     def forward(
         self, token_ids: torch.Tensor, attend: Attend, sample_rows: torch.Tensor

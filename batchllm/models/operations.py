@@ -1,13 +1,23 @@
-"""What a model computes between its matrix products."""
+"""What a model computes with: products, and what lies between them."""
 
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 
+from batchllm.models.linear import Product, pack_torch, pack_torch_int8
+
 
 class Operations(Protocol):
-    """Row-wise operations on [rows, size] tensors, in their dtype; sums are taken in float32."""
+    """Products, and row-wise operations on [rows, size] tensors; sums are taken in float32."""
+
+    def pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+        """A product with this weight; see `Pack`."""
+        ...
+
+    def pack_int8(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+        """The same in int8, a scale for each output and for each row."""
+        ...
 
     def add_rms_norm(
         self, hidden: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float
@@ -26,6 +36,14 @@ class Operations(Protocol):
 
 class TorchOperations:
     """In torch: runs everywhere, and is what the compiled ones are held against."""
+
+    def pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+        """See `Operations`."""
+        return pack_torch(weight, bias)
+
+    def pack_int8(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+        """See `Operations`."""
+        return pack_torch_int8(weight, bias)
 
     def add_rms_norm(
         self, hidden: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float

@@ -37,8 +37,13 @@ class Model(Protocol):
 _MODELS = {"LlamaForCausalLM": LlamaModel}
 
 
-def make_model(config: ModelConfig, dtype: torch.dtype, operations: Operations) -> Model:
-    """Create the model, weights still empty.
+def make_model(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    operations: Operations,
+    quantization: str | None = None,
+) -> Model:
+    """Create the model, weights still empty; `int8` quantization rounds them as they are packed.
 
     Raises:
         ModelError: the architecture is not supported.
@@ -47,4 +52,4 @@ def make_model(config: ModelConfig, dtype: torch.dtype, operations: Operations) 
         raise ModelError(
             f"architecture {config.architecture} is not supported; there are: {', '.join(_MODELS)}"
         )
-    return _MODELS[config.architecture](config, dtype, operations)
+    return _MODELS[config.architecture](config, dtype, operations, quantization)

@@ -14,10 +14,13 @@ from pathlib import Path
 import torch  # noqa: F401  (its OpenMP must be there first)
 
 _HERE = Path(__file__).parent
+_CPUINFO = Path("/proc/cpuinfo")
+_AVX512 = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"})
 # Best first, with the processor's flags that each needs.
 _NEEDS: dict[str, frozenset[str]] = {
-    "avx512_bf16": frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"}),
-    "avx512": frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"}),
+    "avx512_bf16": _AVX512 | {"avx512_vnni", "avx512_bf16"},
+    "avx512_vnni": _AVX512 | {"avx512_vnni"},
+    "avx512": _AVX512,
     "avx2": frozenset({"avx2", "fma"}),
     "portable": frozenset(),
 }
@@ -37,17 +40,31 @@ class NativeKernels:
         self.silu_and_multiply.argtypes = [c_int32, c_int64, c_int64, c_void_p, c_void_p]
         self.argmax = library.batchllm_argmax
         self.argmax.argtypes = [c_int32, c_int64, c_int64, c_void_p, c_void_p]
-        for function in (self.attention, self.add_rms_norm, self.silu_and_multiply, self.argmax):
+        self.linear = library.batchllm_linear
+        self.linear.argtypes = [c_int32, c_int64, *[c_void_p] * 3]
+        self.linear_int8 = library.batchllm_linear_int8
+        self.linear_int8.argtypes = [c_int32, c_int64, *[c_void_p] * 5]
+        for function in (
+            self.attention,
+            self.add_rms_norm,
+            self.silu_and_multiply,
+            self.argmax,
+            self.linear,
+            self.linear_int8,
+        ):
             function.restype = None
+        self.panel_width: int = library.batchllm_panel_width()
 
 
-def usable_targets(cpuinfo: Path = Path("/proc/cpuinfo"), home: Path = _HERE) -> list[str]:
+def usable_targets(cpuinfo: Path = _CPUINFO, home: Path = _HERE) -> list[str]:
     """The kinds of processor that the kernels are compiled for and this one is, best first."""
-    try:
-        flags = frozenset(cpuinfo.read_text().split())
-    except OSError:
-        flags = frozenset()
+    flags = _flags(cpuinfo)
     return [name for name, needed in _NEEDS.items() if needed <= flags and _path(name, home)]
+
+
+def has_tiles(cpuinfo: Path = _CPUINFO) -> bool:
+    """Whether the processor multiplies in matrix tiles, which are not used here."""
+    return "amx_tile" in _flags(cpuinfo)
 
 
 @cache
@@ -66,6 +83,13 @@ def load_kernels(target: str | None = None) -> NativeKernels | None:
         except OSError:
             continue
     return None
+
+
+def _flags(cpuinfo: Path) -> frozenset[str]:
+    try:
+        return frozenset(cpuinfo.read_text().split())
+    except OSError:
+        return frozenset()
 
 
 def _path(target: str, home: Path) -> Path | None:

@@ -1,15 +1,26 @@
-"""The operations between products, compiled: one pass over memory each."""
+"""A model's operations, compiled: between its products one pass over memory each."""
 
 import torch
 
-from batchllm.native.kernels import NativeKernels
+from batchllm.models.linear import Product
+from batchllm.native.kernels import NativeKernels, has_tiles
+from batchllm.native.linear import NativeProducts
 
 
 class NativeOperations:
     """`Operations` (models/operations.py) on contiguous bfloat16 or float32 tensors."""
 
-    def __init__(self, kernels: NativeKernels) -> None:
+    def __init__(self, kernels: NativeKernels, *, tiles: bool | None = None) -> None:
         self._kernels = kernels
+        self._products = NativeProducts(kernels, tiles=has_tiles() if tiles is None else tiles)
+
+    def pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+        """See `Operations`."""
+        return self._products.pack(weight, bias)
+
+    def pack_int8(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+        """See `Operations`."""
+        return self._products.pack_int8(weight, bias)
 
     def add_rms_norm(
         self, hidden: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float

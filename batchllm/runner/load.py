@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from batchllm.attention.backend import make_backend, why_not_native
+from batchllm.attention.backend import AttentionBackend, make_backend, why_not_native
 from batchllm.attention.native import NativeBackend
 from batchllm.cache.memory import free_memory, num_kv_blocks
 from batchllm.config import EngineConfig
@@ -15,6 +15,7 @@ from batchllm.native.operations import NativeOperations
 from batchllm.runner.dtype import choose_dtype
 from batchllm.runner.kv_cache import KVCache, kv_bytes_per_token
 from batchllm.runner.threads import Threads, available_cpus, choose_threads
+from batchllm.runner.timed import Clock, TimedBackend, TimedOperations
 from batchllm.runner.torch_runner import TorchRunner
 
 
@@ -34,10 +35,15 @@ class LoadedRunner:
     slower: str | None
 
 
-def load_runner(checkpoint: Checkpoint, config: EngineConfig, max_model_len: int) -> LoadedRunner:
+def load_runner(
+    checkpoint: Checkpoint,
+    config: EngineConfig,
+    max_model_len: int,
+    clock: Clock | None = None,
+) -> LoadedRunner:
     """Load the weights, then size the KV cache by the memory that is left.
 
-    The number of threads is torch's, so it holds for the whole process.
+    The number of threads is torch's, so it holds for the whole process. A clock is for measuring.
     """
     threads = choose_threads(
         config.threads, available_cpus(), openmp_threads=torch.get_num_threads()
@@ -46,14 +52,16 @@ def load_runner(checkpoint: Checkpoint, config: EngineConfig, max_model_len: int
     shape = checkpoint.config
     name = choose_dtype(config.dtype, shape.dtype)
     dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
-    backend = make_backend(config.attention_backend, config.block_size, shape.head_dim)
+    backend: AttentionBackend = make_backend(config.attention_backend, config.block_size, shape.head_dim)
     operations: Operations = TorchOperations()
     slower = None
     if config.attention_backend == "auto":
         slower = why_not_native(config.block_size, shape.head_dim)
     if isinstance(backend, NativeBackend):
         operations = NativeOperations(backend.kernels)
-    model = make_model(shape, dtype, operations)
+    if clock is not None:
+        backend, operations = TimedBackend(backend, clock), TimedOperations(operations, clock)
+    model = make_model(shape, dtype, operations, config.quantization)
     model.load(checkpoint.weights(dtype))
     block_bytes = config.block_size * kv_bytes_per_token(
         shape.num_layers, shape.num_kv_heads, shape.head_dim, dtype

@@ -86,9 +86,40 @@ void rotate_and_write(const Step& s, const Layer& layer, int64_t token) {
     }
 }
 
+// What a tile will read, fetched while it multiplies: private segments, which many a decoding query
+// has, are read once each, so they cost the way from memory and little else. A part is the keys and
+// the values of W tokens.
+template <typename T>
+class Ahead {
+    typedef typename T::Value Value;
+    struct Part {
+        const Value *keys, *values;
+    };
+    std::vector<Part> parts;
+    size_t next = 0, used = 0;
+    static constexpr size_t MOST = 96;  // of them: they must stay in the second-level cache
+
+  public:
+    void clear() {
+        parts.clear();
+        next = used = 0;
+    }
+    void add(const Value* keys, const Value* values) { parts.push_back({keys, values}); }
+    // That many more parts are read from now on, and need not be fetched.
+    void use(size_t count) {
+        used += count;
+        next = std::max(next, used);
+    }
+    // What to fetch next; `idle` if there is nothing.
+    Part take(const Value* idle) {
+        return next < std::min(parts.size(), used + MOST) ? parts[next++] : Part{idle, idle};
+    }
+};
+
 // One thread's memory: the state of a tile, and a few rows' scores against one pass of keys.
 template <typename T>
 struct Scratch {
+    Ahead<T> ahead;
     std::vector<float> out, peak, total, scores;
     std::vector<typename T::Value> weights;
     std::vector<const typename T::Value*> queries;
@@ -106,9 +137,12 @@ struct Scratch {
 template <typename T, int R, int N>
 INLINE void multiply_keys(
     const typename T::Value* const* queries, const typename T::Value* const* panels, int head_dim,
-    float* scores) {
+    Ahead<T>& ahead, float* scores) {
+    const auto fetch = ahead.take(queries[0]);
     Floats sums[R][N] = {};
     for (int d = 0; d < head_dim; d += T::GROUP) {
+        __builtin_prefetch(fetch.keys + d * W);
+        __builtin_prefetch(fetch.values + d * W);
         Words columns[N];
 #pragma GCC unroll 8
         for (int n = 0; n < N; n++) columns[n] = load<Words>(panels[n] + d * W);
@@ -170,9 +204,9 @@ void attend_rows(
     const typename T::Value* const* queries = scratch.queries.data() + first;
     int n = 0;
     for (; n + COLUMNS <= num_panels; n += COLUMNS)
-        multiply_keys<T, R, COLUMNS>(queries, panels + n, head_dim, scores + n * W);
+        multiply_keys<T, R, COLUMNS>(queries, panels + n, head_dim, scratch.ahead, scores + n * W);
     for (; n < num_panels; n++)
-        multiply_keys<T, R, 1>(queries, panels + n, head_dim, scores + n * W);
+        multiply_keys<T, R, 1>(queries, panels + n, head_dim, scratch.ahead, scores + n * W);
 
     Words lane;
     for (int i = 0; i < W; i++) lane[i] = i;
@@ -234,6 +268,33 @@ INLINE void attend_some(
             rows, scratch, first, panels, values, count, seen, block_size, head_dim, scale);
 }
 
+// How many tokens of an item's segment a query sees: all, or up to its own.
+INLINE int64_t seen_of(const Step& s, int64_t item, int64_t query) {
+    return s.kv_len[item] - (s.own[item] ? s.query_end[item] - 1 - query : 0);
+}
+
+// Lists what a tile reads of one KV head, in the order of reading.
+template <typename T>
+void look_ahead(
+    const Step& s, const Layer& layer, Scratch<T>& scratch, int64_t tile, int kv_head) {
+    typedef typename T::Value Value;
+    const Layout<T> layout(s);
+    scratch.ahead.clear();
+    for (int64_t i = s.tile_offsets[tile]; i < s.tile_offsets[tile + 1]; i++) {
+        const int64_t item = s.tile_items[i];
+        const int64_t* ids = s.block_ids + s.block_offsets[item];
+        const int64_t end = std::min(s.query_end[item], s.tile_begin[tile + 1]);
+        for (int64_t token = 0; token < seen_of(s, item, end - 1); token += W) {
+            const int64_t place = ids[token / s.block_size] * layout.block_values +
+                                  kv_head * layout.head_values +
+                                  token % s.block_size * s.head_dim;
+            scratch.ahead.add(
+                static_cast<const Value*>(layer.keys) + place,
+                static_cast<const Value*>(layer.values) + place);
+        }
+    }
+}
+
 // Attends the tile's rows of one KV head to one item.
 template <typename T>
 void attend_item(
@@ -249,10 +310,7 @@ void attend_item(
     const Value* all_values =
         static_cast<const Value*>(layer.values) + kv_head * layout.head_values;
     const float scale = float(M_LOG2E / std::sqrt(double(s.head_dim)));
-    // How many tokens of the segment a query sees: all, or up to its own.
-    const auto sees = [&](int64_t query) {
-        return s.kv_len[item] - (s.own[item] ? s.query_end[item] - 1 - query : 0);
-    };
+    const auto sees = [&](int64_t query) { return seen_of(s, item, query); };
     const Value* panels[KEYS / W];
     const Value* values[KEYS];
     for (int64_t start = 0; start < sees(end - 1); start += KEYS) {
@@ -269,6 +327,7 @@ void attend_item(
             values[b] = all_values + ids[token / s.block_size] * layout.block_values +
                         layout.value_place(int(token % s.block_size), 0);
         }
+        scratch.ahead.use((most + W - 1) / W);
         const int last = int(end - tile_begin) * group;
         for (int row = int(begin - tile_begin) * group; row < last; row += ROWS) {
             const int rows = std::min(ROWS, last - row);
@@ -291,8 +350,7 @@ void attend_tile(
     typedef typename T::Value Value;
     const int group = s.num_heads / s.num_kv_heads;
     const int64_t width = int64_t(s.num_heads + 2 * s.num_kv_heads) * s.head_dim;
-    const int64_t begin = tile * s.tile_size;
-    const int64_t end = std::min(begin + s.tile_size, s.num_tokens);
+    const int64_t begin = s.tile_begin[tile], end = s.tile_begin[tile + 1];
     const int rows = int(end - begin) * group;
     std::fill_n(scratch.out.begin(), size_t(rows) * s.head_dim, 0.0f);
     std::fill_n(scratch.peak.begin(), rows, -INFINITY);
@@ -301,6 +359,7 @@ void attend_tile(
         scratch.queries[row] = static_cast<const Value*>(layer.qkv) +
                                (begin + row / group) * width +
                                (kv_head * group + row % group) * s.head_dim;
+    look_ahead<T>(s, layer, scratch, tile, kv_head);
     for (int64_t i = s.tile_offsets[tile]; i < s.tile_offsets[tile + 1]; i++)
         attend_item<T>(s, layer, scratch, s.tile_items[i], begin, end, kv_head);
     for (int row = 0; row < rows; row++) {

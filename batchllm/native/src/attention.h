@@ -5,8 +5,9 @@
 
 extern "C" {
 
-// One step. Items are those of runner/model_input.py; a tile is `tile_size` neighbouring queries,
-// and `tile_items[tile_offsets[t] : tile_offsets[t + 1]]` are the items that any of them reads.
+// One step. Items are those of runner/model_input.py; a tile is at most `tile_size` neighbouring
+// queries, `tile_begin[t]` to `tile_begin[t + 1]`, and `tile_items[tile_offsets[t] :
+// tile_offsets[t + 1]]` are the items that any of them reads.
 // `tile_order` [num_tiles] names the dearest tiles first; cos and sin are [num_tokens,
 // head_dim / 2].
 struct Step {
@@ -27,6 +28,7 @@ struct Step {
     const uint8_t* own;
     const int64_t* block_offsets;
     const int64_t* block_ids;
+    const int64_t* tile_begin;
     const int64_t* tile_order;
     const int64_t* tile_offsets;
     const int64_t* tile_items;

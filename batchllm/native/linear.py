@@ -1,0 +1,104 @@
+"""Matrix products with weights packed for the compiled kernels (native/src/linear.cpp)."""
+
+import ctypes
+from ctypes import c_int64, c_void_p
+
+import torch
+import torch.nn.functional as F
+
+from batchllm.models.linear import Product, pack_torch, pack_torch_int8, round_to_int8
+from batchllm.native.kernels import NativeKernels
+
+_OFFSET = 128  # what x is stored with, see linear.cpp
+
+
+class _PackedLinear(ctypes.Structure):
+    """`PackedLinear` of native/src/linear.h."""
+
+    _fields_ = [
+        *[(name, c_int64) for name in ("inputs", "outputs")],
+        *[(name, c_void_p) for name in ("panels", "scales", "starts", "bias")],
+    ]
+
+
+class NativeProducts:
+    """Packs weights for the kernels, or for torch where that is faster.
+
+    Which is with a processor's matrix tiles (AMX), that oneDNN has kernels for, in float32, and in
+    bfloat16 where the processor's vectors do not multiply it.
+    """
+
+    def __init__(self, kernels: NativeKernels, *, tiles: bool) -> None:
+        self._kernels = kernels
+        self._bfloat16 = kernels.target == "avx512_bf16" and not tiles
+        self._int8 = not tiles
+
+    def pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+        """See `Pack`."""
+        kernels = self._kernels
+        if weight.dtype != torch.bfloat16 or not self._bfloat16 or weight.shape[1] % 2:
+            return pack_torch(weight, bias)
+        packed = _Packed(kernels, weight, bias)
+
+        def product(x: torch.Tensor) -> torch.Tensor:
+            out = packed.output_for(x)
+            kernels.linear(True, len(x), packed.address, x.data_ptr(), out.data_ptr())
+            return out
+
+        return product
+
+    def pack_int8(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+        """See `Pack`."""
+        kernels = self._kernels
+        if not self._int8 or weight.shape[1] % 4:
+            return pack_torch_int8(weight, bias)
+        rounded, scales = round_to_int8(weight)
+        packed = _Packed(kernels, rounded, bias, scales)
+
+        def product(x: torch.Tensor) -> torch.Tensor:
+            out = packed.output_for(x)
+            rows = torch.empty(x.shape, dtype=torch.uint8)
+            row_scales = torch.empty(len(x))
+            kernels.linear_int8(
+                x.dtype == torch.bfloat16,
+                len(x),
+                packed.address,
+                *[tensor.data_ptr() for tensor in (x, rows, row_scales, out)],
+            )
+            return out
+
+        return product
+
+
+class _Packed:
+    """A weight's panels, and what `PackedLinear` points to, kept alive."""
+
+    def __init__(
+        self,
+        kernels: NativeKernels,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        scales: torch.Tensor | None = None,
+    ) -> None:
+        self._outputs, self._inputs = weight.shape
+        width = kernels.panel_width
+        more = -self._outputs % width
+        words = weight.contiguous().view(torch.int32)  # a group of inputs is a word
+        panels = F.pad(words, (0, 0, 0, more)).view(-1, width, words.shape[1])
+        starts = None
+        if scales is not None:
+            starts = F.pad(-_OFFSET * weight.sum(dim=1, dtype=torch.int32), (0, more))
+            scales = F.pad(scales, (0, more))
+        if bias is not None:
+            bias = F.pad(bias.float(), (0, more))
+        self._tensors = (panels.transpose(1, 2).contiguous(), scales, starts, bias)
+        self._struct = _PackedLinear(
+            self._inputs,
+            self._outputs,
+            *[None if tensor is None else tensor.data_ptr() for tensor in self._tensors],
+        )
+        self.address = ctypes.byref(self._struct)
+
+    def output_for(self, x: torch.Tensor) -> torch.Tensor:
+        assert x.is_contiguous() and x.shape[1] == self._inputs, (x.shape, self._inputs)
+        return x.new_empty(len(x), self._outputs)

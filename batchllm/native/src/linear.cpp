@@ -1,0 +1,165 @@
+// Products of rows with a packed weight: x . weight', for few rows as for many.
+//
+// The weight lies in panels of PANEL outputs, [inputs / GROUP][PANEL][GROUP], zeros behind the last
+// output, so that a strip of LINEAR_ROWS rows times a panel keeps its sums in registers and reads
+// both operands in order. A thread takes a block of rows that stays in the second-level cache times
+// one panel; with few rows there is one block, and every panel is read from memory once.
+//
+// int8 is symmetric, one scale a row of x and one an output. x is stored with 128 added, since the
+// processor multiplies unsigned by signed bytes; what that adds to each output's sum is known when
+// the weight is packed, and sums start at its negative (`starts`).
+#include "linear.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "simd.h"
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int LINEAR_ROWS = 8, LINEAR_COLUMNS = 3;
+#else
+constexpr int LINEAR_ROWS = 4, LINEAR_COLUMNS = 2;
+#endif
+constexpr int PANEL = LINEAR_COLUMNS * W;
+constexpr int64_t BLOCK_BYTES = 256 * 1024;  // of x, beside a panel in the second-level cache
+constexpr int AHEAD = 40;                    // groups of a panel are fetched so early
+
+// out[r][.] of R rows and one panel. In: how x and the weight are stored; Out: the outputs.
+template <typename In, typename Out, int R>
+void multiply_strip(
+    const PackedLinear& linear, const typename In::Value* x, const float* row_scales, int64_t panel,
+    typename Out::Value* out) {
+    typedef typename In::Sums Sums;
+    const int64_t first = panel * PANEL;
+    const Words* columns = static_cast<const Words*>(linear.panels) +
+                           panel * (linear.inputs / In::GROUP) * LINEAR_COLUMNS;
+    Sums sums[R][LINEAR_COLUMNS] = {};
+    if constexpr (In::SCALED)
+        for (int n = 0; n < LINEAR_COLUMNS; n++)
+            for (int r = 0; r < R; r++) sums[r][n] = load<Sums>(linear.starts + first + n * W);
+    for (int64_t k = 0; k < linear.inputs; k += In::GROUP, columns += LINEAR_COLUMNS) {
+        Words weight[LINEAR_COLUMNS];
+#pragma GCC unroll 8
+        for (int n = 0; n < LINEAR_COLUMNS; n++) {
+            weight[n] = load<Words>(columns + n);
+            __builtin_prefetch(columns + AHEAD * LINEAR_COLUMNS + n);
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+            for (int n = 0; n < LINEAR_COLUMNS; n++)
+                sums[r][n] = In::add_product(sums[r][n], weight[n], x + r * linear.inputs + k);
+    }
+    for (int r = 0; r < R; r++) {
+        typename Out::Value* to = out + r * linear.outputs + first;
+        for (int n = 0; n < LINEAR_COLUMNS; n++) {
+            Floats v = In::floats(sums[r][n]);
+            if constexpr (In::SCALED)
+                v *= load<Floats>(linear.scales + first + n * W) * row_scales[r];
+            if (linear.bias != nullptr) v += load<Floats>(linear.bias + first + n * W);
+            const int64_t left = linear.outputs - first - n * W;
+            if (left >= W)
+                Out::narrow(to + n * W, v);
+            else
+                for (int64_t i = 0; i < left; i++) to[n * W + i] = Out::put(v[i]);
+        }
+    }
+}
+
+template <typename In, typename Out, int R>
+INLINE void multiply_some(
+    int rows, const PackedLinear& linear, const typename In::Value* x, const float* row_scales,
+    int64_t panel, typename Out::Value* out) {
+    if (rows == R)
+        multiply_strip<In, Out, R>(linear, x, row_scales, panel, out);
+    else if constexpr (R > 1)
+        multiply_some<In, Out, R - 1>(rows, linear, x, row_scales, panel, out);
+}
+
+// All rows times all panels; called by every thread of a parallel region.
+template <typename In, typename Out>
+void multiply(
+    const PackedLinear& linear, int64_t rows, const typename In::Value* x, const float* row_scales,
+    typename Out::Value* out) {
+    const int64_t panels = (linear.outputs + PANEL - 1) / PANEL;
+    const int64_t strips = (rows + LINEAR_ROWS - 1) / LINEAR_ROWS;
+    const int64_t strip_bytes = LINEAR_ROWS * linear.inputs * int64_t(sizeof(*x));
+    const int64_t a_block = std::max<int64_t>(1, BLOCK_BYTES / strip_bytes);
+    const int64_t blocks = (strips + a_block - 1) / a_block;
+#pragma omp for schedule(dynamic, 1) collapse(2)
+    for (int64_t block = 0; block < blocks; block++)
+        for (int64_t panel = 0; panel < panels; panel++)
+            for (int64_t s = strips * block / blocks; s < strips * (block + 1) / blocks; s++) {
+                const int64_t begin = rows * s / strips, end = rows * (s + 1) / strips;
+                multiply_some<In, Out, LINEAR_ROWS>(
+                    int(end - begin), linear, x + begin * linear.inputs, row_scales + begin, panel,
+                    out + begin * linear.outputs);
+            }
+}
+
+// Rounds a row to 128 + [-127, 127]; returns its scale. Not a number anywhere: the scale is none.
+template <typename T>
+float round_row(const typename T::Value* row, int64_t size, uint8_t* rounded) {
+    const int64_t whole = size - size % W;
+    Floats most{}, sums{};
+    for (int64_t j = 0; j < whole; j += W) {
+        const Floats v = T::widen(row + j);
+        most = largest(v < 0.0f ? -v : v, most);
+        sums += v - v;  // 0, or not a number
+    }
+    float peak = largest(most), nothing = sum(sums);
+    for (int64_t j = whole; j < size; j++) {
+        peak = std::max(peak, std::fabs(T::get(row[j])));
+        nothing += T::get(row[j]) - T::get(row[j]);
+    }
+    const float inverse = peak > 0.0f ? 127.0f / peak : 0.0f;
+    for (int64_t j = 0; j < whole; j += W) store_bytes(rounded + j, T::widen(row + j) * inverse);
+    for (int64_t j = whole; j < size; j++)
+        rounded[j] = uint8_t(int(std::nearbyint(T::get(row[j]) * inverse)) + 128);
+    return peak / 127.0f + nothing;
+}
+
+template <typename T>
+void linear_int8(
+    int64_t rows, const PackedLinear& linear, const void* x, uint8_t* rounded, float* row_scales,
+    void* out) {
+#pragma omp parallel
+    {
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < rows; i++)
+            row_scales[i] = round_row<T>(
+                static_cast<const typename T::Value*>(x) + i * linear.inputs, linear.inputs,
+                rounded + i * linear.inputs);
+        multiply<Int8, T>(linear, rows, rounded, row_scales, static_cast<typename T::Value*>(out));
+    }
+}
+
+template <typename T>
+void linear_plain(int64_t rows, const PackedLinear& linear, const void* x, void* out) {
+#pragma omp parallel
+    multiply<T, T>(
+        linear, rows, static_cast<const typename T::Value*>(x), nullptr,
+        static_cast<typename T::Value*>(out));
+}
+
+}  // namespace
+
+extern "C" {
+
+int32_t batchllm_panel_width() { return PANEL; }
+
+void batchllm_linear(
+    int32_t is_bfloat16, int64_t rows, const PackedLinear* linear, const void* x, void* out) {
+    (is_bfloat16 ? linear_plain<Bfloat16> : linear_plain<Float32>)(rows, *linear, x, out);
+}
+
+void batchllm_linear_int8(
+    int32_t is_bfloat16, int64_t rows, const PackedLinear* linear, const void* x, uint8_t* rounded,
+    float* row_scales, void* out) {
+    (is_bfloat16 ? linear_int8<Bfloat16> : linear_int8<Float32>)(
+        rows, *linear, x, rounded, row_scales, out);
+}
+
+}

@@ -1,0 +1,32 @@
+// Products with packed weights; see linear.cpp. The fields' order is that of native/linear.py.
+#pragma once
+
+#include <cstdint>
+
+extern "C" {
+
+// A weight [outputs, inputs], packed, and what turns its sums into outputs. For int8 `scales` and
+// `starts` [outputs, in whole panels] are given, else null; `bias` [outputs, the same] may be null.
+struct PackedLinear {
+    int64_t inputs;
+    int64_t outputs;
+    const void* panels;
+    const float* scales;
+    const int32_t* starts;
+    const float* bias;
+};
+
+// How many outputs a panel has.
+int32_t batchllm_panel_width();
+
+// out [rows, outputs] = x [rows, inputs] . weight' + bias, x and out bfloat16 or float32.
+void batchllm_linear(
+    int32_t is_bfloat16, int64_t rows, const PackedLinear* linear, const void* x, void* out);
+
+// The same with an int8 weight. x is rounded to eight bits a row; `rounded` [rows, inputs] and
+// `row_scales` [rows] are memory for that.
+void batchllm_linear_int8(
+    int32_t is_bfloat16, int64_t rows, const PackedLinear* linear, const void* x, uint8_t* rounded,
+    float* row_scales, void* out);
+
+}

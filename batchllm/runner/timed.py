@@ -1,0 +1,77 @@
+"""Where a step's time goes: the runner's parts, each with a clock around its calls."""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+
+from batchllm.attention.backend import AttentionBackend, LayerPlan
+from batchllm.models.linear import Product
+from batchllm.models.operations import Operations
+from batchllm.models.rope import Rotation
+from batchllm.runner.model_input import ModelInput
+
+PRODUCTS, ATTENTION, ROW_WISE = "matrix products", "attention", "norms and gates"
+SAMPLING, SCHEDULER, OTHER = "sampling", "scheduler", "other"
+PARTS = (PRODUCTS, ATTENTION, ROW_WISE, SAMPLING, OTHER, SCHEDULER)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Clock:
+    """Seconds by part. Parts are calls that do not overlap."""
+
+    def __init__(self) -> None:
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+
+    def timed(self, part: str, call: Callable[P, R]) -> Callable[P, R]:
+        """The same call, its time added to a part."""
+
+        def timed_call(*args: P.args, **kwargs: P.kwargs) -> R:
+            started = time.perf_counter()
+            try:
+                return call(*args, **kwargs)
+            finally:
+                self.seconds[part] += time.perf_counter() - started
+
+        return timed_call
+
+
+class TimedOperations:
+    """`Operations`, timed."""
+
+    def __init__(self, operations: Operations, clock: Clock) -> None:
+        self._operations = operations
+        self._clock = clock
+        self.add_rms_norm = clock.timed(ROW_WISE, operations.add_rms_norm)
+        self.silu_and_multiply = clock.timed(ROW_WISE, operations.silu_and_multiply)
+        self.argmax = clock.timed(SAMPLING, operations.argmax)
+
+    def pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+        """See `Operations`."""
+        return self._clock.timed(PRODUCTS, self._operations.pack(weight, bias))
+
+    def pack_int8(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+        """See `Operations`."""
+        return self._clock.timed(PRODUCTS, self._operations.pack_int8(weight, bias))
+
+
+class TimedBackend:
+    """`AttentionBackend`, timed."""
+
+    def __init__(self, backend: AttentionBackend, clock: Clock) -> None:
+        self.name = backend.name
+        self._clock = clock
+        self._plan = clock.timed(ATTENTION, backend.plan)
+
+    def plan(self, step: ModelInput, rotation: Rotation) -> LayerPlan:
+        """See `AttentionBackend`."""
+        return _TimedPlan(self._plan(step, rotation), self._clock)
+
+
+class _TimedPlan:
+    def __init__(self, plan: LayerPlan, clock: Clock) -> None:
+        self.run = clock.timed(ATTENTION, plan.run)
