@@ -236,8 +236,9 @@ class LLM:
 
     def describe(self) -> str:
         """What is loaded and what it runs on, in a line; each warning is a line of its own."""
+        kind = " ".join([self.dtype, *filter(None, [self.config.quantization])])
         line = (
-            f"{self.checkpoint.path.name} in {self.dtype} (loaded in {self.load_seconds:.1f}s), "
+            f"{self.checkpoint.path.name} in {kind} (loaded in {self.load_seconds:.1f}s), "
             f"{self.threads}, {self.kv_memory / 2**30:,.2f} GiB KV memory = "
             f"{self.num_kv_tokens:,} tokens, attention {self.attention}"
         )

@@ -3,13 +3,16 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from tempfile import TemporaryFile
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from batchllm.api import LLM
 from batchllm.prefix.plan import PrefixPlan, plan_tokens
-from batchllm.request import RaggedTokens, SamplingParams
+from batchllm.request import RaggedTokens, SamplingParams, TokenIds
 from batchllm.runner.measure import gemm_rates, read_bandwidth
 from batchllm.runner.timed import OTHER, PARTS, SCHEDULER, Clock
 from batchllm.scheduler.batch import Batch, StepOutput
@@ -75,22 +78,47 @@ CHECKS = (
 
 @dataclass(frozen=True, slots=True)
 class BenchResult:
-    """A workload measured, simulated, and bounded, in seconds; tokens are prompt and output."""
+    """A workload measured, simulated, and bounded, in seconds; tokens are prompt and output.
+
+    `parts` are those of runner/timed.py, in sum `seconds`; `outside` is what a table would take
+    beside these, before and after: planning, and answers to text and a file.
+    """
 
     workload: Workload
     seconds: float
+    parts: dict[str, float]
+    outside: dict[str, float]
     predicted: float
     bound: float
     num_tokens: int
 
     def as_text(self) -> str:
-        """One line of a table."""
+        """Two lines of a table."""
+        parts = [
+            f"{name} {self.parts.get(name, 0) / self.seconds:.1%}"
+            for name in sorted(PARTS, key=lambda name: -self.parts.get(name, 0))
+        ]
+        outside = [f"{name} {seconds:.2f} s" for name, seconds in self.outside.items()]
         return (
             f"  {self.workload.name:<24} {self.seconds:>8.2f} s "
             f"{self.num_tokens / self.seconds:>9,.0f} tokens/s  "
             f"predicted {self.predicted:>7.2f} s ({self.predicted / self.seconds - 1:+.1%})  "
-            f"{self.bound / self.seconds:>5.1%} of T_opt"
+            f"{self.bound / self.seconds:>5.1%} of T_opt\n"
+            f"    {', '.join(parts)}; beside it {', '.join(outside)}"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class BenchRun:
+    """A workload's steps, and its answers as they were finished."""
+
+    steps: list[MeasuredStep]
+    answers: list[TokenIds]
+
+    @property
+    def seconds(self) -> float:
+        """Of all steps."""
+        return sum(step.seconds for step in self.steps)
 
 
 class Bench:
@@ -107,7 +135,7 @@ class Bench:
         start = replace(
             this_machine(),
             name="cpu",
-            gemm_rates=gemm_rates(llm.shape, llm.dtype),
+            gemm_rates=gemm_rates(llm.shape, llm.dtype, llm.runner.operations.pack),
             bandwidth=read_bandwidth(),
         )
         steps: list[MeasuredStep] = []
@@ -115,25 +143,31 @@ class Bench:
         for workload in CALIBRATION:
             notify(f"running {workload.name}")
             # The same steps each time: the fastest of each is what the machine does undisturbed.
-            runs = [self.run(workload) for _ in range(_RUNS)]
+            runs = [self.run(workload).steps for _ in range(_RUNS)]
             steps += [min(same, key=lambda step: step.seconds) for same in zip(*runs, strict=True)]
         return calibrate(start, llm.shape, steps)
 
     def check(self, workload: Workload, machine: Machine) -> BenchResult:
         """Run a workload and compare with what the machine's figures say."""
         llm = self._llm
+        started = time.perf_counter()
         plan = workload.plan(llm.checkpoint.config.vocab_size)
+        outside = {"planning": time.perf_counter() - started}
         outputs = plan.max_tokens[plan.tree.leaf_row]
-        seconds = sum(step.seconds for step in self.run(workload))
+        run = self.run(workload)
+        outside["decoding and writing answers"] = self._write(run.answers)
         costs = CostModel(machine, llm.shape)
         predicted = simulate_policy(plan, outputs, "dfs", llm.limits, costs).seconds
         least = bound(plan.tree, outputs, machine, llm.shape, llm.num_kv_tokens).overlap
         tokens = int(plan.tokens.lengths.sum() + plan.max_tokens.sum())
-        return BenchResult(workload, seconds, predicted, least, tokens)
+        return BenchResult(
+            workload, run.seconds, dict(self._clock.seconds), outside, predicted, least, tokens
+        )
 
-    def run(self, workload: Workload) -> list[MeasuredStep]:
-        """Run a workload; returns its steps."""
-        clock, scheduler, steps = self._clock, self._llm.new_scheduler(), []
+    def run(self, workload: Workload) -> "BenchRun":
+        """Run a workload, with a clock for each step and for the parts of all."""
+        clock, scheduler = self._clock, self._llm.new_scheduler()
+        run = BenchRun([], [])
         scheduler.add(workload.plan(self._llm.checkpoint.config.vocab_size))
         clock.seconds.clear()
         schedule = clock.timed(SCHEDULER, scheduler.schedule)
@@ -142,8 +176,15 @@ class Bench:
             started = time.perf_counter()
             batch: Batch = schedule()
             output: StepOutput = self._llm.runner.execute(batch)
-            update(batch, output)
-            steps.append(MeasuredStep(batch, time.perf_counter() - started))
-        total = sum(step.seconds for step in steps)
-        clock.seconds[OTHER] = total - sum(clock.seconds.values())
-        return steps
+            run.answers.extend(sequence.output_token_ids for sequence in update(batch, output))
+            run.steps.append(MeasuredStep(batch, time.perf_counter() - started))
+        clock.seconds[OTHER] = run.seconds - sum(clock.seconds.values())
+        return run
+
+    def _write(self, answers: list[TokenIds]) -> float:
+        """Seconds from token ids to a Parquet file of texts."""
+        started = time.perf_counter()
+        texts = self._llm.tokenizer.decode_batch(answers)
+        with TemporaryFile() as file:
+            pq.write_table(pa.table({"answer": texts}), file)
+        return time.perf_counter() - started

@@ -33,6 +33,7 @@ from batchllm.cli_options import (
     OutputColumn,
     Policy,
     PromptColumn,
+    Quantization,
     Quiet,
     ReorderFields,
     Seed,
@@ -86,6 +87,7 @@ def run(
     seed: Seed = 0,
     ignore_eos: IgnoreEos = False,
     dtype: Dtype = "auto",
+    quantization: Quantization = None,
     policy: Policy = "auto",
     sharing: Sharing = True,
     threads: Threads = None,
@@ -138,6 +140,7 @@ def run(
                 ),
                 engine=EngineConfig(
                     dtype=dtype,
+                    quantization=quantization,
                     policy=policy,
                     sharing=sharing,
                     threads=threads,
@@ -226,7 +229,8 @@ def plan(
 @app.command()
 def bench(
     model: ModelName = None,
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float32.")] = "auto",
+    dtype: Dtype = "auto",
+    quantization: Quantization = None,
     threads: Threads = None,
     calibrate: Annotated[
         bool,
@@ -235,15 +239,19 @@ def bench(
         ),
     ] = False,
 ) -> None:
-    """Run a few workloads: how fast this machine is, and how well that is predicted."""
+    """Run a few workloads: how fast this machine is, where the time goes, what was predicted."""
     with _errors_as_exit_codes("interrupted"):
         from batchllm.api import LLM
         from batchllm.bench import CHECKS, Bench
+        from batchllm.runner.timed import Clock
         from batchllm.simulate.saved import save_machine, this_machine
 
-        llm = LLM(model, dtype=dtype, threads=threads)
+        if calibrate and quantization is not None:
+            raise UsageError("--calibrate measures the model as plan and auto know it: unquantized")
+        clock = Clock()
+        llm = LLM(model, clock=clock, dtype=dtype, quantization=quantization, threads=threads)
         typer.echo(llm.describe(), err=True)
-        bench = Bench(llm)
+        bench = Bench(llm, clock)
         machine = this_machine()
         if calibrate:
             machine = bench.calibrate(lambda text: typer.echo(text, err=True))

@@ -75,6 +75,14 @@ IgnoreEos = Annotated[
     bool, typer.Option("--ignore-eos", help="Go on to --max-tokens.", rich_help_panel=_SAMPLING)
 ]
 Dtype = Annotated[str, typer.Option(help="auto, bfloat16 or float32.", rich_help_panel=_ENGINE)]
+Quantization = Annotated[
+    str | None,
+    typer.Option(
+        help="int8: weights and activations in eight bits; faster, but answers differ. "
+        "[default: none]",
+        rich_help_panel=_ENGINE,
+    ),
+]
 Policy = Annotated[
     str,
     typer.Option(

@@ -2,7 +2,7 @@
 
 import ctypes
 from ctypes import c_int32, c_int64, c_void_p
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -55,7 +55,7 @@ class Tiles:
 
     @classmethod
     def of(cls, items: AttentionItems, num_tokens: int, size: int) -> "Tiles":
-        """Cut `num_tokens` queries into tiles of at most `size`, where fewest tokens are read twice.
+        """Cut `num_tokens` queries into tiles of at most `size`, where least is read twice.
 
         A cut through an item makes two tiles read it, so cuts go to the ends of shared ones.
         """
@@ -170,7 +170,7 @@ class NativePlan:
         step.cos, step.sin = self._rotation.cos.data_ptr(), self._rotation.sin.data_ptr()
         arrays = {name: getattr(items, name) for name in ("query_begin", "query_end", "kv_len")}
         arrays |= {name: getattr(items, name) for name in ("own", "block_offsets", "block_ids")}
-        arrays |= {f"tile_{name}": getattr(tiles, name) for name in ("begin", "order", "offsets", "items")}
+        arrays |= {f"tile_{f.name}": getattr(tiles, f.name) for f in fields(tiles)}
         for name, array in (arrays | {"slots": self._input.slots}).items():
             assert array.flags.c_contiguous and array.itemsize == (1 if name == "own" else 8), name
             setattr(step, name, array.ctypes.data)

@@ -18,7 +18,7 @@ class Linear:
     """x @ weight.T + bias.
 
     `weight` is filled in place, [outputs, inputs]; after `pack` it is gone and only the packed copy
-    is left.
+    is left. What smoothing needs to know of the inputs is observed before.
     """
 
     def __init__(
@@ -26,6 +26,7 @@ class Linear:
     ) -> None:
         self.weight: torch.Tensor | None = torch.empty(outputs, inputs, dtype=dtype)
         self.bias = torch.empty(outputs, dtype=dtype) if bias else None
+        self.input_peaks: torch.Tensor | None = None
         self._product: Product | None = None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -33,7 +34,19 @@ class Linear:
         if self._product is not None:
             return self._product(x)
         assert self.weight is not None
+        if self.input_peaks is not None:
+            self.input_peaks = torch.maximum(self.input_peaks, x.float().abs().amax(dim=0))
         return F.linear(x, self.weight, self.bias)
+
+    def observe(self) -> None:
+        """From now on keep the largest of each input, without sign, in `input_peaks`."""
+        assert self.weight is not None, "packed already"
+        self.input_peaks = torch.zeros(self.weight.shape[1])
+
+    def weight_peaks(self) -> torch.Tensor:
+        """The largest weight of each input, without sign, float32 [inputs]."""
+        assert self.weight is not None, "packed already"
+        return self.weight.abs().amax(dim=0).float()
 
     def pack(self, pack: Pack) -> None:
         """Pack the weight and give it up."""

@@ -11,6 +11,7 @@ from batchllm.models.config import ModelConfig
 from batchllm.models.linear import Linear
 from batchllm.models.operations import Operations
 from batchllm.models.rope import RotaryEmbedding
+from batchllm.models.smoothing import channel_factors
 
 Attend = Callable[[int, torch.Tensor], torch.Tensor]
 """(layer, queries, keys and values [n, heads + 2 kv_heads, d], not rotated) -> [n, heads * d]."""
@@ -31,18 +32,11 @@ class LlamaLayer:
 class LlamaModel:
     """LlamaForCausalLM, inference only. Attention is handed in: the model knows no cache."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        dtype: torch.dtype,
-        operations: Operations,
-        quantization: str | None = None,
-    ) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, operations: Operations) -> None:
         self.config = config
         self.dtype = dtype
         self.rotary = RotaryEmbedding(config)
         self._operations = operations
-        self._pack = operations.pack if quantization is None else operations.pack_int8
         self._embedding = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype)
         self._norm = torch.empty(config.hidden_size, dtype=dtype)
         self._layers = [self._empty_layer() for _ in range(config.num_layers)]
@@ -70,9 +64,30 @@ class LlamaModel:
             place.copy_(tensor)
         if places:
             raise ModelError(f"{len(places)} tensors are missing, among them {next(iter(places))}")
-        del place  # the last view of a weight that packing gives up
+
+    def smooth(self, token_ids: torch.Tensor, attend: Attend) -> None:
+        """Make activations easy to round, by what some tokens' are; see models/smoothing.py.
+
+        `token_ids` int [num_tokens]; `attend` as in `forward`, over these tokens alone.
+        """
         for linear in self._linears():
-            linear.pack(self._pack)
+            linear.observe()
+        self.logits(self.forward(token_ids, attend, torch.arange(len(token_ids))))
+        if self._head.weight is self._embedding:
+            self._head.weight = self._embedding.clone()
+        _divide_norm(self._norm, self._head)
+        for layer in self._layers:
+            _divide_norm(layer.input_norm, layer.qkv)
+            _divide_norm(layer.post_norm, layer.gate_up)
+            _divide_rows(layer.gate_up, layer.down, self.config.intermediate_size)
+            # A value's channel is read by every head of its group.
+            _divide_rows(layer.qkv, layer.output, self.config.head_dim, self.config.num_kv_heads)
+
+    def pack(self, quantization: str | None) -> None:
+        """Lay the weights out for products, rounded to eight bits for `int8`, and give them up."""
+        operations = self._operations
+        for linear in self._linears():
+            linear.pack(operations.pack if quantization is None else operations.pack_int8)
 
     def forward(
         self, token_ids: torch.Tensor, attend: Attend, sample_rows: torch.Tensor
@@ -142,6 +157,33 @@ class LlamaModel:
             yield from _parts(layer.output, f"{attention}.o_proj")
             yield from _parts(layer.gate_up, f"{mlp}.gate_proj", f"{mlp}.up_proj")
             yield from _parts(layer.down, f"{mlp}.down_proj")
+
+
+def _divide_norm(norm: torch.Tensor, linear: Linear) -> None:
+    """Smooth the inputs of `linear`, which are what the norm puts out."""
+    assert linear.weight is not None and linear.input_peaks is not None
+    factors = channel_factors(linear.input_peaks, linear.weight_peaks())
+    norm.div_(factors)
+    linear.weight.mul_(factors)
+
+
+def _divide_rows(source: Linear, linear: Linear, size: int, blocks: int = 1) -> None:
+    """Smooth the inputs of `linear`, which come of the last `blocks * size` outputs of `source`.
+
+    Where there are more inputs than these, equally many neighbouring `size` come of each block.
+    """
+    assert source.weight is not None and linear.weight is not None
+    assert linear.input_peaks is not None
+    readers = linear.weight.shape[1] // (blocks * size)
+    peaks, weight_peaks = (
+        p.view(blocks, readers, size).amax(dim=1)
+        for p in (linear.input_peaks, linear.weight_peaks())
+    )
+    factors = channel_factors(peaks, weight_peaks)
+    linear.weight.mul_(factors[:, None].expand(blocks, readers, size).reshape(-1))
+    source.weight[-blocks * size :].div_(factors.view(-1, 1))
+    if source.bias is not None:
+        source.bias[-blocks * size :].div_(factors.view(-1))
 
 
 def _parts(

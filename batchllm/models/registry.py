@@ -23,6 +23,14 @@ class Model(Protocol):
         """Copy weights in by their Hugging Face names."""
         ...
 
+    def smooth(self, token_ids: torch.Tensor, attend: Attend) -> None:
+        """Make activations easy to round, by what these tokens' are."""
+        ...
+
+    def pack(self, quantization: str | None) -> None:
+        """Lay the weights out for products; after `load`, before anything is computed."""
+        ...
+
     def forward(
         self, token_ids: torch.Tensor, attend: Attend, sample_rows: torch.Tensor
     ) -> torch.Tensor:
@@ -37,13 +45,8 @@ class Model(Protocol):
 _MODELS = {"LlamaForCausalLM": LlamaModel}
 
 
-def make_model(
-    config: ModelConfig,
-    dtype: torch.dtype,
-    operations: Operations,
-    quantization: str | None = None,
-) -> Model:
-    """Create the model, weights still empty; `int8` quantization rounds them as they are packed.
+def make_model(config: ModelConfig, dtype: torch.dtype, operations: Operations) -> Model:
+    """Create the model, weights still empty.
 
     Raises:
         ModelError: the architecture is not supported.
@@ -52,4 +55,4 @@ def make_model(
         raise ModelError(
             f"architecture {config.architecture} is not supported; there are: {', '.join(_MODELS)}"
         )
-    return _MODELS[config.architecture](config, dtype, operations, quantization)
+    return _MODELS[config.architecture](config, dtype, operations)

@@ -20,7 +20,7 @@ def summary_text(summary: Mapping[str, Any]) -> str:
         f"{computed / max(engine, 1e-9):,.0f} tokens/s computed",
         f"preemptions     {summary['preemptions']:,}, recomputed {summary['recomputed_tokens']:,} "
         f"tokens, peak KV {summary['peak_kv_blocks']:,} of {summary['num_kv_blocks']:,} blocks",
-        f"model           {summary['model']} in {summary['dtype']}, loaded in "
+        f"model           {summary['model']} in {_kind(summary)}, loaded in "
         f"{float(summary['load_seconds']):.1f}s{_machine(summary)}",
         f"whole run       {duration(float(summary['wall_seconds']))}",
     ]
@@ -30,6 +30,10 @@ def summary_text(summary: Mapping[str, Any]) -> str:
     if summary.get("resumed_rows"):
         lines.append(f"resumed         after {summary['resumed_rows']:,} rows of an earlier run")
     return "\n".join(lines)
+
+
+def _kind(summary: Mapping[str, Any]) -> str:
+    return " ".join(filter(None, [summary["dtype"], summary.get("quantization")]))
 
 
 def _machine(summary: Mapping[str, Any]) -> str:

@@ -9,11 +9,12 @@ from batchllm.attention.native import NativeBackend
 from batchllm.cache.memory import free_memory, num_kv_blocks
 from batchllm.config import EngineConfig
 from batchllm.models.checkpoint import Checkpoint
+from batchllm.models.native_operations import NativeOperations
 from batchllm.models.operations import Operations, TorchOperations
 from batchllm.models.registry import make_model
-from batchllm.native.operations import NativeOperations
 from batchllm.runner.dtype import choose_dtype
 from batchllm.runner.kv_cache import KVCache, kv_bytes_per_token
+from batchllm.runner.smooth import smooth, smoothing_text
 from batchllm.runner.threads import Threads, available_cpus, choose_threads
 from batchllm.runner.timed import Clock, TimedBackend, TimedOperations
 from batchllm.runner.torch_runner import TorchRunner
@@ -52,7 +53,9 @@ def load_runner(
     shape = checkpoint.config
     name = choose_dtype(config.dtype, shape.dtype)
     dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
-    backend: AttentionBackend = make_backend(config.attention_backend, config.block_size, shape.head_dim)
+    backend: AttentionBackend = make_backend(
+        config.attention_backend, config.block_size, shape.head_dim
+    )
     operations: Operations = TorchOperations()
     slower = None
     if config.attention_backend == "auto":
@@ -61,8 +64,12 @@ def load_runner(
         operations = NativeOperations(backend.kernels)
     if clock is not None:
         backend, operations = TimedBackend(backend, clock), TimedOperations(operations, clock)
-    model = make_model(shape, dtype, operations, config.quantization)
+    model = make_model(shape, dtype, operations)
     model.load(checkpoint.weights(dtype))
+    if config.quantization is not None:
+        text = checkpoint.tokenizer().encode_batch([smoothing_text()], add_special_tokens=True)
+        smooth(model, backend, text.values[:max_model_len], config.block_size)
+    model.pack(config.quantization)
     block_bytes = config.block_size * kv_bytes_per_token(
         shape.num_layers, shape.num_kv_heads, shape.head_dim, dtype
     )

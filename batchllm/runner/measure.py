@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-from batchllm.models.linear import Linear
+from batchllm.models.linear import Linear, Pack
 from batchllm.simulate.shape import ModelShape
 
 _ROWS = (1, 4, 16, 32, 64, 128, 256, 512, 1024, 2048)
@@ -14,7 +14,7 @@ _READ_BYTES = 1 << 29  # far more than caches hold
 
 
 @torch.inference_mode()
-def gemm_rates(shape: ModelShape, dtype: str) -> tuple[tuple[int, float], ...]:
+def gemm_rates(shape: ModelShape, dtype: str, pack: Pack) -> tuple[tuple[int, float], ...]:
     """FLOP/s of the body's products by rows, as `Machine.gemm_rates` has them.
 
     The weights of several layers are taken in turn, so that, as in a step, they come from memory.
@@ -28,7 +28,7 @@ def gemm_rates(shape: ModelShape, dtype: str) -> tuple[tuple[int, float], ...]:
         (shape.intermediate_size, shape.hidden_size),
     )
     layers = [
-        [_random_linear(inputs, outputs, kind) for inputs, outputs in sizes]
+        [_random_linear(inputs, outputs, kind, pack) for inputs, outputs in sizes]
         for _ in range(min(shape.num_layers, 8))
     ]
     flops = 2 * sum(inputs * outputs for inputs, outputs in sizes) * len(layers)
@@ -45,11 +45,11 @@ def gemm_rates(shape: ModelShape, dtype: str) -> tuple[tuple[int, float], ...]:
     return tuple(rates)
 
 
-def _random_linear(inputs: int, outputs: int, dtype: torch.dtype) -> Linear:
+def _random_linear(inputs: int, outputs: int, dtype: torch.dtype, pack: Pack) -> Linear:
     linear = Linear(inputs, outputs, dtype=dtype)
     assert linear.weight is not None
     linear.weight.copy_(torch.randn(outputs, inputs))
-    linear.pack()
+    linear.pack(pack)
     return linear
 
 

@@ -30,7 +30,7 @@ class TorchRunner:
         self._model = model
         self._cache = cache
         self._backend = backend
-        self._operations = operations
+        self.operations = operations
         self._block_size = block_size
 
     @torch.inference_mode()
@@ -42,7 +42,7 @@ class TorchRunner:
         for logits in self._logits(step):
             end = begin + len(logits)
             tokens[begin:end] = sample_tokens(
-                logits, step.samples.part(begin, end), self._operations.argmax
+                logits, step.samples.part(begin, end), self.operations.argmax
             )
             begin = end
         return StepOutput(tokens)

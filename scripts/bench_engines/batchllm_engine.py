@@ -18,8 +18,9 @@ def generate(llm: LLM, rows: Rows) -> list[list[int]]:
 def main() -> None:
     """Command line of contract.py."""
     parser = make_parser((__doc__ or "").splitlines()[0], model="GGUF file or directory")
+    parser.add_argument("--quantization", help="int8, or else the weights as they are")
     arguments = parser.parse_args()
-    llm = LLM(arguments.model, kv_memory=KV_CACHE_BYTES)
+    llm = LLM(arguments.model, kv_memory=KV_CACHE_BYTES, quantization=arguments.quantization)
     generate(llm, warm_up_rows())
     load_seconds = time.perf_counter() - START
     for order in arguments.order:
@@ -33,7 +34,11 @@ def main() -> None:
             engine_seconds=time.perf_counter() - start,
             rows=rows,
             outputs=outputs,
-            settings={"dtype": llm.dtype, "kv_memory": KV_CACHE_BYTES},
+            settings={
+                "dtype": llm.dtype,
+                "quantization": arguments.quantization,
+                "kv_memory": KV_CACHE_BYTES,
+            },
             save_tokens=arguments.save_tokens,
         )
 

@@ -59,6 +59,7 @@ def engines(model: Path, python: Path, batch_sizes: Sequence[int] = ()) -> dict[
     sizes = ("--batch-size", *map(str, batch_sizes)) if batch_sizes else ()
     known = [
         Engine("batchllm", ours, python, model),
+        Engine("batchllm-int8", ours, python, model, ("--quantization", "int8")),
         Engine("vllm", vllm, vllm_python, BENCH / "model"),
         # Without compiling the model: starts sooner, runs slower.
         Engine("vllm-eager", vllm, vllm_python, BENCH / "model", ("--enforce-eager",)),

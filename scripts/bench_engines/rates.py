@@ -2,8 +2,8 @@
 
 And, to know what int8 could gain, the rate of int8 products; the bound does not use it.
 
-F is taken over the model's own matrices, each by the faster of torch's two ways to multiply on a
-CPU (plain, and with the weight repacked for oneDNN once), at each number of rows given; the best
+F is taken over the model's own matrices, each by the fastest way there is: torch's two (plain, and
+with the weight repacked for oneDNN once) and batchllm's, at each number of rows given; the best
 counts, with or without the head, so that the bound flatters nobody. B is the better of reading and
 copying far more than caches hold. The minimum over repeats is used: anything else that runs can
 only slow a repeat down.
@@ -18,6 +18,10 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn.functional as F
 from bound import SMOLLM2_135M, ModelShape
+
+from batchllm.models.linear import pack_torch
+from batchllm.models.native_linear import NativeProducts
+from batchllm.native.kernels import has_tiles, load_kernels
 
 READ_BYTES = 1 << 29
 SECONDS_A_MEASUREMENT = 0.3
@@ -56,19 +60,18 @@ def best_seconds(call: Callable[[], object]) -> float:
 
 
 def linear_seconds(rows: int, inputs: int, outputs: int) -> float:
-    """Seconds of x @ w.T in bf16, x [rows, inputs], w [outputs, inputs], the faster way."""
+    """Seconds of x @ w.T in bf16, x [rows, inputs], w [outputs, inputs], the fastest way."""
     x = torch.randn(rows, inputs).to(torch.bfloat16)
     w = torch.randn(outputs, inputs).to(torch.bfloat16)
-    plain = best_seconds(lambda: F.linear(x, w))
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return plain
-    packed = torch.ops.mkldnn._reorder_linear_weight(w, rows)
-    product = torch.ops.mkldnn._linear_pointwise
-    return min(plain, best_seconds(lambda: product(x, packed, None, "none", [], "")))
+    kernels = load_kernels()
+    ways = [lambda x: F.linear(x, w), pack_torch(w, None)]
+    if kernels is not None:
+        ways.append(NativeProducts(kernels, tiles=has_tiles()).pack(w, None))
+    return min(best_seconds(lambda way=way: way(x)) for way in ways)
 
 
 def int8_seconds(rows: int, inputs: int, outputs: int) -> float:
-    """Seconds of the same product of uint8 x and int8 w, repacked once, to bf16 [rows, outputs]."""
+    """Seconds of the same product of uint8 x and int8 w, by oneDNN, to bf16 [rows, outputs]."""
     x = torch.randint(0, 256, (rows, inputs), dtype=torch.uint8)
     w = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8)
     packed = torch.ops.onednn.qlinear_prepack(w, [rows, inputs])

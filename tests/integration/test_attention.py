@@ -1,5 +1,7 @@
 """The fast backends against the reference, on batches that a real scheduler made."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 
 from batchllm.attention.backend import backend_names, make_backend
 from batchllm.attention.cascade import TorchBackend, merge_state
-from batchllm.attention.native import NativeBackend
+from batchllm.attention.native import NativeBackend, Tiles
 from batchllm.cache.block_pool import BlockPool
 from batchllm.engine import Engine
 from batchllm.errors import UsageError
@@ -18,7 +20,7 @@ from batchllm.prefix.plan import plan_requests
 from batchllm.request import Request, SamplingParams
 from batchllm.runner.fake_runner import FakeRunner
 from batchllm.runner.kv_cache import KVCache
-from batchllm.runner.model_input import build_model_input
+from batchllm.runner.model_input import AttentionItems, build_model_input
 from batchllm.scheduler.scheduler import Scheduler
 
 NUM_BLOCKS = 400
@@ -219,3 +221,36 @@ def test_auto_takes_the_kernels_where_they_fit_and_torch_elsewhere():
 def test_native_backend_refuses_what_the_kernel_cannot_do(block_size, head_dim):
     with pytest.raises(UsageError, match=r"block_size|head_dim|compiled"):
         make_backend("native", block_size, head_dim)
+
+
+def items_of(ranges, own):
+    """Attention items over queries [begin, end), all of `kv_len` tokens."""
+    begin, end, kv_len = (np.array(column) for column in zip(*ranges, strict=True))
+    none = np.zeros(0, dtype=np.int64)
+    return AttentionItems(begin, end, none, kv_len, np.array(own), none, none)
+
+
+@given(st.data())
+def test_tiles_partition_the_queries_and_read_what_their_queries_do(data):
+    num_tokens = data.draw(st.integers(1, 40))
+    size = data.draw(st.integers(1, 12))
+    ends = st.tuples(st.integers(0, num_tokens - 1), st.integers(1, num_tokens)).map(
+        lambda pair: (min(pair), max(pair[0] + 1, pair[1]))
+    )
+    ranges = data.draw(st.lists(st.tuples(ends, st.integers(1, 50)), min_size=1, max_size=8))
+    ranges = [(begin, end, kv_len) for (begin, end), kv_len in ranges]
+    tiles = Tiles.of(items_of(ranges, [False] * len(ranges)), num_tokens, size)
+    begins = tiles.begin.tolist()
+    assert begins[0] == 0 and begins[-1] == num_tokens
+    assert all(0 < b - a <= size for a, b in pairwise(begins))
+    assert sorted(tiles.order.tolist()) == list(range(len(begins) - 1))
+    for tile, (first, last) in enumerate(pairwise(begins)):
+        read = tiles.items[tiles.offsets[tile] : tiles.offsets[tile + 1]].tolist()
+        overlaps = [i for i, (b, e, _) in enumerate(ranges) if b < last and e > first]
+        assert read == overlaps
+
+
+def test_tiles_are_cut_where_shared_segments_end():
+    groups = [(0, 16, 1000), (16, 30, 1000), (30, 46, 1000)]
+    tiles = Tiles.of(items_of(groups, [False] * 3), 46, 24)
+    assert tiles.begin.tolist() == [0, 16, 30, 46]

@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchllm.models.linear import Linear, can_pack
+from batchllm.models.linear import Linear, can_pack, pack_torch
+from batchllm.models.native_operations import NativeOperations
 from batchllm.models.operations import TorchOperations
 from batchllm.native.kernels import load_kernels, usable_targets
-from batchllm.native.operations import NativeOperations
 
 TARGETS = [target for target in usable_targets() if load_kernels(target)]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2}  # bfloat16: two roundings of 2^-8
@@ -72,15 +72,9 @@ def test_a_packed_product_equals_the_plain_one_and_keeps_no_second_weight(rows, 
         linear.bias.copy_(noise(80, dtype=torch.bfloat16, seed=1))
     x = noise(rows, 48, dtype=torch.bfloat16, seed=2)
     plain = linear(x)
-    linear.pack()
+    linear.pack(pack_torch)
     assert linear.weight is None
     torch.testing.assert_close(linear(x), plain, atol=0.25, rtol=1.6e-2)
-
-
-def test_float32_is_not_packed():
-    linear = Linear(16, 16, dtype=torch.float32)
-    linear.pack()
-    assert linear.weight is not None
 
 
 @pytest.mark.skipif(not TARGETS, reason="no kernels were compiled")

@@ -24,7 +24,7 @@ ALLOWED = {
     "progress": {"prefix", "scheduler"},
     "io": {"errors", "request", "io"},
     "text": {"errors", "request", "prefix", "text"},
-    "models": {"errors", "request", "text", "models"},
+    "models": {"errors", "request", "text", "native", "models"},
     "native": {"native"},
     "attention": {"errors", "request", "models", "native", "attention", "runner"},
     "sampling": {"errors", "request", "scheduler", "sampling"},

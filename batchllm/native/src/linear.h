@@ -1,4 +1,4 @@
-// Products with packed weights; see linear.cpp. The fields' order is that of native/linear.py.
+// Products with packed weights; see linear.cpp. The fields' order is that of models/native_linear.py.
 #pragma once
 
 #include <cstdint>

@@ -3,8 +3,8 @@
 import torch
 
 from batchllm.models.linear import Product
+from batchllm.models.native_linear import NativeProducts
 from batchllm.native.kernels import NativeKernels, has_tiles
-from batchllm.native.linear import NativeProducts
 
 
 class NativeOperations:
