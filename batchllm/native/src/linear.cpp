@@ -10,6 +10,8 @@
 // the weight is packed, and sums start at its negative (`starts`).
 #include "linear.h"
 
+#include <omp.h>
+
 #include <algorithm>
 #include <cmath>
 
@@ -88,7 +90,9 @@ void multiply(
     const int64_t strip_bytes = LINEAR_ROWS * linear.inputs * int64_t(sizeof(*x));
     const int64_t a_block = std::max<int64_t>(1, BLOCK_BYTES / strip_bytes);
     const int64_t blocks = (strips + a_block - 1) / a_block;
-#pragma omp for schedule(dynamic, 1) collapse(2)
+    // Neighbouring panels' outputs share cache lines, so two go to one thread where there are many.
+    const int pair = blocks * panels >= 8 * omp_get_num_threads() ? 2 : 1;
+#pragma omp for schedule(dynamic, pair) collapse(2)
     for (int64_t block = 0; block < blocks; block++)
         for (int64_t panel = 0; panel < panels; panel++)
             for (int64_t s = strips * block / blocks; s < strips * (block + 1) / blocks; s++) {
