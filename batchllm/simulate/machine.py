@@ -114,8 +114,8 @@ MACHINES: dict[str, Machine] = {
     # Two AVX-512 cores with bfloat16 dot products, torch 2.13 (`batchllm bench --calibrate`).
     "cpu": Machine(
         name="cpu",
-        gemm_rates=((16, 215e9), (32, 313e9), (64, 374e9), (128, 503e9), (256, 551e9)),
-        attention_rate=100e9,
+        gemm_rates=((4, 137e9), (16, 280e9), (32, 345e9), (64, 380e9), (256, 430e9)),
+        attention_rate=250e9,
         bandwidth=34e9,
         memory=8 << 30,
         step_seconds=5e-3,
