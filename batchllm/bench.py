@@ -152,7 +152,7 @@ class Bench:
         llm = self._llm
         started = time.perf_counter()
         plan = workload.plan(llm.checkpoint.config.vocab_size)
-        outside = {"planning": time.perf_counter() - started}
+        outside = {"making and planning prompts": time.perf_counter() - started}
         outputs = plan.max_tokens[plan.tree.leaf_row]
         run = self.run(workload)
         outside["decoding and writing answers"] = self._write(run.answers)
@@ -164,7 +164,7 @@ class Bench:
             workload, run.seconds, dict(self._clock.seconds), outside, predicted, least, tokens
         )
 
-    def run(self, workload: Workload) -> "BenchRun":
+    def run(self, workload: Workload) -> BenchRun:
         """Run a workload, with a clock for each step and for the parts of all."""
         clock, scheduler = self._clock, self._llm.new_scheduler()
         run = BenchRun([], [])

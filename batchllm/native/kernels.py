@@ -63,7 +63,7 @@ def usable_targets(cpuinfo: Path = _CPUINFO, home: Path = _HERE) -> list[str]:
 
 
 def has_tiles(cpuinfo: Path = _CPUINFO) -> bool:
-    """Whether the processor multiplies in matrix tiles, which are not used here."""
+    """Whether the processor multiplies in matrix tiles (AMX), which these kernels do not."""
     return "amx_tile" in _flags(cpuinfo)
 
 
