@@ -72,8 +72,9 @@ class LlamaModel:
         """
         for linear in self._linears():
             linear.observe()
-        for rows in self.forward(token_ids, attend, torch.arange(len(token_ids))).split(256):
-            self.logits(rows)  # not all at once: a vocabulary is wide
+        hidden = self.forward(token_ids, attend, torch.arange(len(token_ids)))
+        for rows in torch.split(hidden, 256):  # not all at once: a vocabulary is wide
+            self.logits(rows)
         if self._head.weight is self._embedding:
             self._head.weight = self._embedding.clone()
         _divide_norm(self._norm, self._head)
