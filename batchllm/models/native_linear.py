@@ -24,25 +24,34 @@ class _PackedLinear(ctypes.Structure):
 class NativeProducts:
     """Packs weights for the kernels, or for torch where that is faster.
 
-    Which is with a processor's matrix tiles (AMX), that oneDNN has kernels for, in float32, and in
-    bfloat16 where the processor's vectors do not multiply it.
+    Which is with a processor's matrix tiles (AMX), that oneDNN has kernels for and that do not do
+    float32, and on processors that the kernels were compiled for without knowing them.
     """
 
     def __init__(self, kernels: NativeKernels, *, tiles: bool) -> None:
         self._kernels = kernels
-        self._bfloat16 = kernels.target == "avx512_bf16" and not tiles
+        known = kernels.target != "portable"
+        self._own = {torch.bfloat16: known and not tiles, torch.float32: known}
         self._int8 = not tiles
 
     def pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
         """See `Pack`."""
         kernels = self._kernels
-        if weight.dtype != torch.bfloat16 or not self._bfloat16 or weight.shape[1] % 2:
+        is_bfloat16 = weight.dtype == torch.bfloat16
+        if not self._own[weight.dtype] or (is_bfloat16 and weight.shape[1] % 2):
             return pack_torch(weight, bias)
         packed = _Packed(kernels, weight, bias)
+        widened_bytes = kernels.widened_bytes if is_bfloat16 else 0
 
         def product(x: torch.Tensor) -> torch.Tensor:
             out = packed.output_for(x)
-            kernels.linear(True, len(x), packed.address, x.data_ptr(), out.data_ptr())
+            widened = torch.empty(x.numel() * widened_bytes, dtype=torch.uint8)
+            kernels.linear(
+                is_bfloat16,
+                len(x),
+                packed.address,
+                *[tensor.data_ptr() for tensor in (x, widened, out)],
+            )
             return out
 
         return product
@@ -53,11 +62,13 @@ class NativeProducts:
         if not self._int8 or weight.shape[1] % 4:
             return pack_torch_int8(weight, bias)
         rounded, scales = round_to_int8(weight)
+        if kernels.rounded_bytes == 2:  # the order that its inputs are taken in, see linear.h
+            rounded = rounded.view(-1, 4)[:, [0, 2, 1, 3]].view(rounded.shape)
         packed = _Packed(kernels, rounded, bias, scales)
 
         def product(x: torch.Tensor) -> torch.Tensor:
             out = packed.output_for(x)
-            rows = torch.empty(x.shape, dtype=torch.uint8)
+            rows = torch.empty(x.numel() * kernels.rounded_bytes, dtype=torch.uint8)
             row_scales = torch.empty(len(x))
             kernels.linear_int8(
                 x.dtype == torch.bfloat16,

@@ -41,7 +41,7 @@ class NativeKernels:
         self.argmax = library.batchllm_argmax
         self.argmax.argtypes = [c_int32, c_int64, c_int64, c_void_p, c_void_p]
         self.linear = library.batchllm_linear
-        self.linear.argtypes = [c_int32, c_int64, *[c_void_p] * 3]
+        self.linear.argtypes = [c_int32, c_int64, *[c_void_p] * 4]
         self.linear_int8 = library.batchllm_linear_int8
         self.linear_int8.argtypes = [c_int32, c_int64, *[c_void_p] * 5]
         for function in (
@@ -54,6 +54,8 @@ class NativeKernels:
         ):
             function.restype = None
         self.panel_width: int = library.batchllm_panel_width()
+        self.widened_bytes: int = library.batchllm_widened_bytes()
+        self.rounded_bytes: int = library.batchllm_rounded_bytes()
 
 
 def usable_targets(cpuinfo: Path = _CPUINFO, home: Path = _HERE) -> list[str]:

@@ -33,16 +33,18 @@ def products(target):
     return NativeProducts(load_kernels(target), tiles=False)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("target", TARGETS)
 @given(SHAPES, st.booleans())
 @settings(max_examples=60, deadline=None)
-def test_bfloat16_equals_the_exact_product(target, shape, with_bias):
-    x, weight, bias = operands(shape, torch.bfloat16, with_bias)
+def test_equals_the_exact_product(target, dtype, shape, with_bias):
+    x, weight, bias = operands(shape, dtype, with_bias)
     exact = x.double() @ weight.double().T + (0 if bias is None else bias.double())
     got = products(target).pack(weight, bias)(x)
-    assert got.dtype == torch.bfloat16
+    assert got.dtype == dtype
     # The fallback's oneDNN rounds the product before it adds a bias.
-    torch.testing.assert_close(got.double(), exact, atol=0.1, rtol=1.6e-2)
+    atol = 0.1 if dtype == torch.bfloat16 else 1e-4
+    torch.testing.assert_close(got.double(), exact, atol=atol, rtol=TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -15,11 +15,27 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 #include <vector>
 
-#include "simd.h"
+#include "products.h"
 
 namespace {
+
+// What values stored as T are multiplied by.
+template <typename T>
+using Product = std::conditional_t<std::is_same_v<T, Bfloat16>, Bfloat16Product, Float32Product>;
+template <typename T>
+using Row = typename Product<T>::Value;
+
+// Registers for the accumulators of a tile: ROWS x COLUMNS of them, and a few to spare.
+#if defined(__AVX512F__)
+constexpr int ROWS = 6, COLUMNS = 4;
+#elif defined(__AVX2__)
+constexpr int ROWS = 6, COLUMNS = 2;
+#else
+constexpr int ROWS = 4, COLUMNS = 2;
+#endif
 
 constexpr int KEYS = 256;  // keys a pass: their scores stay in the first-level cache
 static_assert(KEYS % (W * COLUMNS) == 0, "whole tiles of keys");
@@ -121,8 +137,8 @@ template <typename T>
 struct Scratch {
     Ahead<T> ahead;
     std::vector<float> out, peak, total, scores;
-    std::vector<typename T::Value> weights;
-    std::vector<const typename T::Value*> queries;
+    std::vector<Row<T>> weights, widened;
+    std::vector<const Row<T>*> queries;
 
     Scratch(int rows, int head_dim)
         : out(size_t(rows) * head_dim),
@@ -130,27 +146,23 @@ struct Scratch {
           total(size_t(rows) * W),
           scores(size_t(ROWS) * KEYS),
           weights(size_t(ROWS) * KEYS),
+          widened(std::is_same_v<Row<T>, typename T::Value> ? 0 : size_t(rows) * head_dim),
           queries(rows) {}
 };
 
 // scores[r][.] of N panels of W keys, for R rows of queries.
 template <typename T, int R, int N>
 INLINE void multiply_keys(
-    const typename T::Value* const* queries, const typename T::Value* const* panels, int head_dim,
+    const Row<T>* const* queries, const typename T::Value* const* panels, int head_dim,
     Ahead<T>& ahead, float* scores) {
-    const auto fetch = ahead.take(queries[0]);
+    const auto fetch = ahead.take(panels[0]);
     Floats sums[R][N] = {};
     for (int d = 0; d < head_dim; d += T::GROUP) {
         __builtin_prefetch(fetch.keys + d * W);
         __builtin_prefetch(fetch.values + d * W);
-        Words columns[N];
-#pragma GCC unroll 8
-        for (int n = 0; n < N; n++) columns[n] = load<Words>(panels[n] + d * W);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
-            for (int n = 0; n < N; n++)
-                sums[r][n] = T::add_product(sums[r][n], columns[n], queries[r] + d);
+        add_products<Product<T>>(
+            sums, [&](int n) { return load<Words>(panels[n] + d * W); },
+            [&](int r) { return queries[r] + d; });
     }
     for (int r = 0; r < R; r++)
         for (int n = 0; n < N; n++) store(scores + r * KEYS + n * W, sums[r][n]);
@@ -160,7 +172,7 @@ INLINE void multiply_keys(
 // pointer of `blocks` is to the first of `block_size` of them.
 template <typename T, int R, int N>
 INLINE void multiply_values(
-    const typename T::Value* weights, const typename T::Value* const* blocks, int block_size,
+    const Row<T>* weights, const typename T::Value* const* blocks, int block_size,
     int count, int head_dim, Floats keep, int first, float* out) {
     out += first;
     Floats sums[R][N];
@@ -169,25 +181,17 @@ INLINE void multiply_values(
     for (int begin = 0; begin < count; begin += block_size) {
         const typename T::Value* values = blocks[begin / block_size] + first * T::GROUP;
         const int here = std::min(block_size, count - begin), whole = here - here % T::GROUP;
-        for (int k = 0; k < whole; k += T::GROUP, values += head_dim * T::GROUP) {
-            Words columns[N];
-#pragma GCC unroll 8
-            for (int n = 0; n < N; n++) columns[n] = load<Words>(values + n * W * T::GROUP);
-#pragma GCC unroll 8
-            for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
-                for (int n = 0; n < N; n++)
-                    sums[r][n] = T::add_product(
-                        sums[r][n], columns[n], weights + r * KEYS + begin + k);
-        }
+        for (int k = 0; k < whole; k += T::GROUP, values += head_dim * T::GROUP)
+            add_products<Product<T>>(
+                sums, [&](int n) { return load<Words>(values + n * W * T::GROUP); },
+                [&](int r) { return weights + r * KEYS + begin + k; });
         if (whole == here) continue;
-        for (int n = 0; n < N; n++) {  // the rest of the last group may be anything, even NaN
-            const Words columns =
-                T::first_of_group(load<Words>(values + n * W * T::GROUP), here - whole);
-            for (int r = 0; r < R; r++)
-                sums[r][n] =
-                    T::add_product(sums[r][n], columns, weights + r * KEYS + begin + whole);
-        }
+        add_products<Product<T>>(  // the rest of the last group may be anything, even NaN
+            sums,
+            [&](int n) {
+                return T::first_of_group(load<Words>(values + n * W * T::GROUP), here - whole);
+            },
+            [&](int r) { return weights + r * KEYS + begin + whole; });
     }
     for (int r = 0; r < R; r++)
         for (int n = 0; n < N; n++) store(out + r * head_dim + n * W, sums[r][n]);
@@ -201,7 +205,7 @@ void attend_rows(
     int head_dim, float scale) {
     const int num_panels = (count + W - 1) / W;
     float* scores = scratch.scores.data();
-    const typename T::Value* const* queries = scratch.queries.data() + first;
+    const Row<T>* const* queries = scratch.queries.data() + first;
     int n = 0;
     for (; n + COLUMNS <= num_panels; n += COLUMNS)
         multiply_keys<T, R, COLUMNS>(queries, panels + n, head_dim, scratch.ahead, scores + n * W);
@@ -226,7 +230,7 @@ void attend_rows(
     for (int r = 0; r < R; r++) {
         const float* row = scores + r * KEYS;
         const int whole = seen[r] / W;
-        typename T::Value* weights = scratch.weights.data() + r * KEYS;
+        Row<T>* weights = scratch.weights.data() + r * KEYS;
         float* sums = scratch.total.data() + (first + r) * W;
         Floats total = load<Floats>(sums) * keep[r];
         int p = 0;
@@ -234,7 +238,7 @@ void attend_rows(
             const Floats w =
                 exp2_of_negative<T::COARSE>(load<Floats>(row + p * W) * scale - peak[r]);
             total += w;
-            T::narrow(weights + p * W, w);
+            Product<T>::put(weights + p * W, w);
         }
         for (; p < num_panels; p++) {  // the last that it sees may end within, the others beyond
             const Floats w =
@@ -242,12 +246,12 @@ void attend_rows(
                     ? exp2_of_negative<T::COARSE>(load<Floats>(row + p * W) * scale - peak[r])
                     : Floats{};
             total += w;
-            T::narrow(weights + p * W, w);
+            Product<T>::put(weights + p * W, w);
         }
         store(sums, total);
     }
 
-    const typename T::Value* weights = scratch.weights.data();
+    const Row<T>* weights = scratch.weights.data();
     float* out = scratch.out.data() + int64_t(first) * head_dim;
     int d = 0;
     for (; d + COLUMNS * W <= head_dim; d += COLUMNS * W)
@@ -355,10 +359,17 @@ void attend_tile(
     std::fill_n(scratch.out.begin(), size_t(rows) * s.head_dim, 0.0f);
     std::fill_n(scratch.peak.begin(), rows, -INFINITY);
     std::fill_n(scratch.total.begin(), rows * W, 0.0f);
-    for (int row = 0; row < rows; row++)
-        scratch.queries[row] = static_cast<const Value*>(layer.qkv) +
-                               (begin + row / group) * width +
-                               (kv_head * group + row % group) * s.head_dim;
+    for (int row = 0; row < rows; row++) {
+        const Value* query = static_cast<const Value*>(layer.qkv) + (begin + row / group) * width +
+                             (kv_head * group + row % group) * s.head_dim;
+        if constexpr (std::is_same_v<Row<T>, Value>) {
+            scratch.queries[row] = query;
+        } else {
+            Row<T>* widened = scratch.widened.data() + int64_t(row) * s.head_dim;
+            for (int d = 0; d < s.head_dim; d += W) store(widened + d, T::widen(query + d));
+            scratch.queries[row] = widened;
+        }
+    }
     look_ahead<T>(s, layer, scratch, tile, kv_head);
     for (int64_t i = s.tile_offsets[tile]; i < s.tile_offsets[tile + 1]; i++)
         attend_item<T>(s, layer, scratch, s.tile_items[i], begin, end, kv_head);

@@ -5,54 +5,50 @@
 // both operands in order. A thread takes a block of rows that stays in the second-level cache times
 // one panel; with few rows there is one block, and every panel is read from memory once.
 //
-// int8 is symmetric, one scale a row of x and one an output. x is stored with 128 added, since the
-// processor multiplies unsigned by signed bytes; what that adds to each output's sum is known when
-// the weight is packed, and sums start at its negative (`starts`).
+// int8 is symmetric, one scale a row of x and one an output. x is stored with 128 added; what that
+// adds to each output's sum is known when the weight is packed, and sums start at its negative
+// (`starts`).
 #include "linear.h"
 
 #include <omp.h>
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
-#include "simd.h"
+#include "products.h"
 
 namespace {
 
 #if defined(__AVX512F__)
 constexpr int LINEAR_ROWS = 8, LINEAR_COLUMNS = 3;
 #else
-constexpr int LINEAR_ROWS = 4, LINEAR_COLUMNS = 2;
+constexpr int LINEAR_ROWS = 6, LINEAR_COLUMNS = 2;
 #endif
+constexpr int LINE = 16;  // words in a line of the cache
 constexpr int PANEL = LINEAR_COLUMNS * W;
 constexpr int64_t BLOCK_BYTES = 256 * 1024;  // of x, beside a panel in the second-level cache
 constexpr int AHEAD = 40;                    // groups of a panel are fetched so early
 
-// out[r][.] of R rows and one panel. In: how x and the weight are stored; Out: the outputs.
+// out[r][.] of R rows and one panel. In: what is multiplied; Out: the outputs.
 template <typename In, typename Out, int R>
 void multiply_strip(
     const PackedLinear& linear, const typename In::Value* x, const float* row_scales, int64_t panel,
     typename Out::Value* out) {
     typedef typename In::Sums Sums;
     const int64_t first = panel * PANEL;
-    const Words* columns = static_cast<const Words*>(linear.panels) +
-                           panel * (linear.inputs / In::GROUP) * LINEAR_COLUMNS;
+    const Words* weight = static_cast<const Words*>(linear.panels) +
+                          panel * (linear.inputs / In::GROUP) * LINEAR_COLUMNS;
     Sums sums[R][LINEAR_COLUMNS] = {};
     if constexpr (In::SCALED)
         for (int n = 0; n < LINEAR_COLUMNS; n++)
             for (int r = 0; r < R; r++) sums[r][n] = load<Sums>(linear.starts + first + n * W);
-    for (int64_t k = 0; k < linear.inputs; k += In::GROUP, columns += LINEAR_COLUMNS) {
-        Words weight[LINEAR_COLUMNS];
-#pragma GCC unroll 8
-        for (int n = 0; n < LINEAR_COLUMNS; n++) {
-            weight[n] = load<Words>(columns + n);
-            __builtin_prefetch(columns + AHEAD * LINEAR_COLUMNS + n);
-        }
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
-            for (int n = 0; n < LINEAR_COLUMNS; n++)
-                sums[r][n] = In::add_product(sums[r][n], weight[n], x + r * linear.inputs + k);
+    for (int64_t k = 0; k < linear.inputs; k += In::GROUP, weight += LINEAR_COLUMNS) {
+        for (int n = 0; n < LINEAR_COLUMNS; n += LINE / W)
+            __builtin_prefetch(weight + AHEAD * LINEAR_COLUMNS + n);
+        add_products<In>(
+            sums, [&](int n) { return load<Words>(weight + n); },
+            [&](int r) { return x + r * linear.inputs + k; });
     }
     for (int r = 0; r < R; r++) {
         typename Out::Value* to = out + r * linear.outputs + first;
@@ -105,7 +101,7 @@ void multiply(
 
 // Rounds a row to 128 + [-127, 127]; returns its scale. Not a number anywhere: the scale is none.
 template <typename T>
-float round_row(const typename T::Value* row, int64_t size, uint8_t* rounded) {
+float round_row(const typename T::Value* row, int64_t size, Int8Product::Value* rounded) {
     const int64_t whole = size - size % W;
     Floats most{}, sums{};
     for (int64_t j = 0; j < whole; j += W) {
@@ -119,16 +115,26 @@ float round_row(const typename T::Value* row, int64_t size, uint8_t* rounded) {
         nothing += T::get(row[j]) - T::get(row[j]);
     }
     const float inverse = peak > 0.0f ? 127.0f / peak : 0.0f;
-    for (int64_t j = 0; j < whole; j += W) store_bytes(rounded + j, T::widen(row + j) * inverse);
+    for (int64_t j = 0; j < whole; j += W)
+        Int8Product::put(rounded + j, T::widen(row + j) * inverse);
     for (int64_t j = whole; j < size; j++)
-        rounded[j] = uint8_t(int(std::nearbyint(T::get(row[j]) * inverse)) + 128);
+        rounded[j] =
+            Int8Product::Value(int(std::nearbyint(T::get(row[j]) * inverse)) + 128);
     return peak / 127.0f + nothing;
 }
 
 template <typename T>
+void widen_row(const typename T::Value* row, int64_t size, float* wide) {
+    const int64_t whole = size - size % W;
+    for (int64_t j = 0; j < whole; j += W) store(wide + j, T::widen(row + j));
+    for (int64_t j = whole; j < size; j++) wide[j] = T::get(row[j]);
+}
+
+template <typename T>
 void linear_int8(
-    int64_t rows, const PackedLinear& linear, const void* x, uint8_t* rounded, float* row_scales,
+    int64_t rows, const PackedLinear& linear, const void* x, void* memory, float* row_scales,
     void* out) {
+    Int8Product::Value* rounded = static_cast<Int8Product::Value*>(memory);
 #pragma omp parallel
     {
 #pragma omp for schedule(static)
@@ -136,16 +142,26 @@ void linear_int8(
             row_scales[i] = round_row<T>(
                 static_cast<const typename T::Value*>(x) + i * linear.inputs, linear.inputs,
                 rounded + i * linear.inputs);
-        multiply<Int8, T>(linear, rows, rounded, row_scales, static_cast<typename T::Value*>(out));
+        multiply<Int8Product, T>(
+            linear, rows, rounded, row_scales, static_cast<typename T::Value*>(out));
     }
 }
 
-template <typename T>
-void linear_plain(int64_t rows, const PackedLinear& linear, const void* x, void* out) {
+template <typename Product, typename T>
+void linear_plain(
+    int64_t rows, const PackedLinear& linear, const void* x, void* memory, void* out) {
+    const auto* from = static_cast<const typename T::Value*>(x);
+    auto* to = static_cast<typename T::Value*>(out);
 #pragma omp parallel
-    multiply<T, T>(
-        linear, rows, static_cast<const typename T::Value*>(x), nullptr,
-        static_cast<typename T::Value*>(out));
+    if constexpr (std::is_same_v<typename Product::Value, typename T::Value>) {
+        multiply<Product, T>(linear, rows, from, nullptr, to);
+    } else {
+        float* widened = static_cast<float*>(memory);
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < rows; i++)
+            widen_row<T>(from + i * linear.inputs, linear.inputs, widened + i * linear.inputs);
+        multiply<Product, T>(linear, rows, widened, nullptr, to);
+    }
 }
 
 }  // namespace
@@ -154,13 +170,21 @@ extern "C" {
 
 int32_t batchllm_panel_width() { return PANEL; }
 
+int32_t batchllm_widened_bytes() {
+    return std::is_same_v<Bfloat16Product::Value, Bfloat16::Value> ? 0 : sizeof(float);
+}
+
+int32_t batchllm_rounded_bytes() { return sizeof(Int8Product::Value); }
+
 void batchllm_linear(
-    int32_t is_bfloat16, int64_t rows, const PackedLinear* linear, const void* x, void* out) {
-    (is_bfloat16 ? linear_plain<Bfloat16> : linear_plain<Float32>)(rows, *linear, x, out);
+    int32_t is_bfloat16, int64_t rows, const PackedLinear* linear, const void* x, void* widened,
+    void* out) {
+    (is_bfloat16 ? linear_plain<Bfloat16Product, Bfloat16> : linear_plain<Float32Product, Float32>)(
+        rows, *linear, x, widened, out);
 }
 
 void batchllm_linear_int8(
-    int32_t is_bfloat16, int64_t rows, const PackedLinear* linear, const void* x, uint8_t* rounded,
+    int32_t is_bfloat16, int64_t rows, const PackedLinear* linear, const void* x, void* rounded,
     float* row_scales, void* out) {
     (is_bfloat16 ? linear_int8<Bfloat16> : linear_int8<Float32>)(
         rows, *linear, x, rounded, row_scales, out);

@@ -19,14 +19,24 @@ struct PackedLinear {
 // How many outputs a panel has.
 int32_t batchllm_panel_width();
 
-// out [rows, outputs] = x [rows, inputs] . weight' + bias, x and out bfloat16 or float32.
+// Bytes of memory that batchllm_linear wants for each value of x where that is bfloat16, to widen
+// it; may be none.
+int32_t batchllm_widened_bytes();
+
+// Bytes of a rounded value of x. Where it is two, the four inputs of an int8 weight's word lie in
+// the order 0, 2, 1, 3.
+int32_t batchllm_rounded_bytes();
+
+// out [rows, outputs] = x [rows, inputs] . weight' + bias, x and out bfloat16 or float32;
+// `widened` [rows, inputs] is memory, see above.
 void batchllm_linear(
-    int32_t is_bfloat16, int64_t rows, const PackedLinear* linear, const void* x, void* out);
+    int32_t is_bfloat16, int64_t rows, const PackedLinear* linear, const void* x, void* widened,
+    void* out);
 
 // The same with an int8 weight. x is rounded to eight bits a row; `rounded` [rows, inputs] and
 // `row_scales` [rows] are memory for that.
 void batchllm_linear_int8(
-    int32_t is_bfloat16, int64_t rows, const PackedLinear* linear, const void* x, uint8_t* rounded,
+    int32_t is_bfloat16, int64_t rows, const PackedLinear* linear, const void* x, void* rounded,
     float* row_scales, void* out);
 
 }

@@ -1,7 +1,7 @@
-// Vectors of W float lanes, and products of bfloat16 pairs or of floats in them.
+// Vectors of W float lanes, and how values are stored.
 //
 // Written in the vector extensions that GCC and Clang share, so one source serves every processor;
-// intrinsics only where a processor multiplies bfloat16 itself. The library is compiled once for
+// intrinsics only where these do not come to one instruction. The library is compiled once for
 // each kind of processor (setup.py), and native/kernels.py loads the best that the machine runs.
 #pragma once
 
@@ -18,16 +18,8 @@ constexpr int W = 8;
 constexpr int W = 4;
 #endif
 
-// Registers for the accumulators of a tile: ROWS x COLUMNS of them, and a few to spare.
-#if defined(__AVX512F__)
-constexpr int ROWS = 6, COLUMNS = 4;
-#else
-constexpr int ROWS = 4, COLUMNS = 2;
-#endif
-
 typedef float Floats __attribute__((vector_size(W * 4)));
 typedef int32_t Words __attribute__((vector_size(W * 4)));
-typedef uint8_t Bytes __attribute__((vector_size(W)));
 
 #define INLINE inline __attribute__((always_inline))
 
@@ -63,12 +55,6 @@ INLINE float sum(Floats v) {
     float x = 0;
     for (int i = 0; i < W; i++) x += v[i];
     return x;
-}
-
-// Numbers in [-127, 127], rounded to the nearest, with 128 added, as W bytes.
-INLINE void store_bytes(uint8_t* to, Floats v) {
-    const Floats round = broadcast(12582912.0f + 128.0f);  // 1.5 * 2^23: the low byte is the sum
-    store(to, __builtin_convertvector((Words)(v + round) & 0xff, Bytes));
 }
 
 // 2^x for x <= 0, exact to 2e-7 or, coarsely, 1.4e-4; 0 far below.
@@ -114,23 +100,22 @@ INLINE uint16_t bfloat16_of(float x) {  // to the nearest, ties to even; a NaN s
     return uint16_t((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
 }
 
-// How values are stored. GROUP neighbours along the summed axis lie side by side in one 32-bit
-// word, so that a vector holds W columns and a broadcast word GROUP values of a row.
+// How values are stored. GROUP neighbours along the summed axis of a product lie side by side in
+// one 32-bit word, so that a vector holds W columns of them (products.h).
 struct Bfloat16 {
     typedef uint16_t Value;
-    typedef Floats Sums;
     static constexpr int GROUP = 2;
-    static constexpr bool SCALED = false;
     static constexpr bool COARSE = true;  // what is rounded to eight bits need not be exact to 24
 
     static INLINE float get(Value x) { return float_of(x); }
     static INLINE Value put(float x) { return bfloat16_of(x); }
-    static INLINE Floats floats(Sums sums) { return sums; }
-
     static INLINE Floats widen(const Value* from) {
 #if defined(__AVX512F__)
         return (Floats)_mm512_slli_epi32(
             _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16);
+#elif defined(__AVX2__)
+        return (Floats)_mm256_slli_epi32(
+            _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from)), 16);
 #else
         Floats v;
         for (int i = 0; i < W; i++) v[i] = float_of(from[i]);
@@ -145,18 +130,6 @@ struct Bfloat16 {
         for (int i = 0; i < W; i++) to[i] = bfloat16_of(v[i]);
 #endif
     }
-    // sum += columns[lane] . row, over one group.
-    static INLINE Floats add_product(Floats sum, Words columns, const Value* row) {
-#if defined(__AVX512BF16__)
-        int32_t word;
-        std::memcpy(&word, row, 4);
-        return (Floats)_mm512_dpbf16_ps(
-            (__m512)sum, (__m512bh)columns, (__m512bh)_mm512_set1_epi32(word));
-#else
-        sum += (Floats)(columns << 16) * float_of(row[0]);
-        return sum + (Floats)(columns & int32_t(0xffff0000u)) * float_of(row[1]);
-#endif
-    }
     // The words with all but the first `count` values of each group set to zero.
     static INLINE Words first_of_group(Words columns, int count) {
         return count == 1 ? columns & 0xffff : columns;
@@ -165,58 +138,12 @@ struct Bfloat16 {
 
 struct Float32 {
     typedef float Value;
-    typedef Floats Sums;
     static constexpr int GROUP = 1;
-    static constexpr bool SCALED = false;
     static constexpr bool COARSE = false;
 
     static INLINE float get(Value x) { return x; }
     static INLINE Value put(float x) { return x; }
-    static INLINE Floats floats(Sums sums) { return sums; }
     static INLINE Floats widen(const Value* from) { return load<Floats>(from); }
     static INLINE void narrow(Value* to, Floats v) { store(to, v); }
-    static INLINE Floats add_product(Floats sum, Words columns, const Value* row) {
-        return sum + (Floats)columns * *row;
-    }
     static INLINE Words first_of_group(Words columns, int) { return columns; }
-};
-
-// Unsigned bytes in a row, signed ones in a word of the columns; sums are whole numbers.
-struct Int8 {
-    typedef uint8_t Value;
-    typedef Words Sums;
-    static constexpr int GROUP = 4;
-    static constexpr bool SCALED = true;
-
-    static INLINE Floats floats(Sums sums) { return __builtin_convertvector(sums, Floats); }
-    static INLINE Words add_product(Words sum, Words columns, const Value* row) {
-        int32_t word;
-        std::memcpy(&word, row, 4);
-#if defined(__AVX512VNNI__)
-        // Not the intrinsic: GCC 12 copies its accumulators through the stack.
-        asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(Words{} + word), "v"(columns));
-        return sum;
-#elif defined(__AVX512BW__)
-        const __m512i both = _mm512_set1_epi32(word), signs = (__m512i)columns;
-        const __m512i low = _mm512_madd_epi16(
-            _mm512_and_si512(both, _mm512_set1_epi16(0xff)),
-            _mm512_srai_epi16(_mm512_slli_epi16(signs, 8), 8));
-        const __m512i high =
-            _mm512_madd_epi16(_mm512_srli_epi16(both, 8), _mm512_srai_epi16(signs, 8));
-        return sum + (Words)_mm512_add_epi32(low, high);
-#elif defined(__AVX2__)
-        const __m256i both = _mm256_set1_epi32(word), signs = (__m256i)columns;
-        const __m256i low = _mm256_madd_epi16(
-            _mm256_and_si256(both, _mm256_set1_epi16(0xff)),
-            _mm256_srai_epi16(_mm256_slli_epi16(signs, 8), 8));
-        const __m256i high =
-            _mm256_madd_epi16(_mm256_srli_epi16(both, 8), _mm256_srai_epi16(signs, 8));
-        return sum + (Words)_mm256_add_epi32(low, high);
-#else
-        sum += (columns << 24 >> 24) * int32_t(row[0]);
-        sum += (columns << 16 >> 24) * int32_t(row[1]);
-        sum += (columns << 8 >> 24) * int32_t(row[2]);
-        return sum + (columns >> 24) * int32_t(row[3]);
-#endif
-    }
 };
