@@ -18,7 +18,8 @@ if platform.machine() in ("x86_64", "AMD64"):
         "avx512_bf16": [*AVX512, "-mavx512vnni", "-mavx512bf16"],
     }
 SOURCES = [f"batchllm/native/src/{name}.cpp" for name in ("attention", "elementwise", "linear")]
-HEADERS = [source.replace(".cpp", ".h") for source in SOURCES] + ["batchllm/native/src/simd.h"]
+HEADERS = [source.replace(".cpp", ".h") for source in SOURCES]
+HEADERS += [f"batchllm/native/src/{name}.h" for name in ("simd", "products")]
 # The warnings are about GCC's own intrinsics.
 QUIET = ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fopenmp", "-fno-math-errno", *QUIET]

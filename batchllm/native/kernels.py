@@ -11,8 +11,6 @@ from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
-import torch  # noqa: F401  (its OpenMP must be there first)
-
 _HERE = Path(__file__).parent
 _CPUINFO = Path("/proc/cpuinfo")
 _AVX512 = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"})
@@ -76,6 +74,8 @@ def load_kernels(target: str | None = None) -> NativeKernels | None:
     A library that is there but does not load (built by a compiler whose OpenMP is not torch's) is
     as good as none.
     """
+    import torch  # noqa: F401  (its OpenMP must be there first)
+
     for name in usable_targets():
         path = _path(name, _HERE)
         if path is None or (target is not None and name != target):

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from batchllm.native.kernels import usable_targets
+
 
 def choose_dtype(wanted: str, stored: str) -> str:
     """`bfloat16` or `float32`; `auto` is bfloat16 where weights and processor are made for it."""
@@ -11,9 +13,15 @@ def choose_dtype(wanted: str, stored: str) -> str:
 
 
 def has_fast_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether the processor multiplies bfloat16 itself; elsewhere torch is faster in float32."""
+    """Whether bfloat16 is no slower here than float32, of which it is half the memory.
+
+    The processor multiplies it itself, or it is one that the kernels were compiled for; torch's own
+    products take several times as long otherwise.
+    """
     try:
         flags = cpuinfo.read_text()
     except OSError:
         return False
-    return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", " bf16"))
+    if any(flag in flags for flag in ("avx512_bf16", "amx_bf16", " bf16")):
+        return True
+    return any(target != "portable" for target in usable_targets(cpuinfo))

@@ -3,6 +3,7 @@ import pytest
 from batchllm.config import EngineConfig, parse_size
 from batchllm.errors import UsageError
 from batchllm.metrics import Metrics
+from batchllm.native.kernels import usable_targets
 from batchllm.request import SamplingParams
 from batchllm.runner.dtype import choose_dtype, has_fast_bfloat16
 
@@ -56,8 +57,10 @@ def test_engine_config_out_of_range(values):
 
 def test_auto_dtype_follows_weights_and_processor(tmp_path):
     cpuinfo = tmp_path / "cpuinfo"
-    cpuinfo.write_text("flags : sse avx2\n")
+    cpuinfo.write_text("flags : sse\n")
     assert not has_fast_bfloat16(cpuinfo)
+    cpuinfo.write_text("flags : sse avx2 fma\n")
+    assert has_fast_bfloat16(cpuinfo) == ("avx2" in usable_targets(cpuinfo))
     cpuinfo.write_text("flags : avx512f avx512_bf16\n")
     assert has_fast_bfloat16(cpuinfo)
     assert choose_dtype("auto", "float32") == "float32"
