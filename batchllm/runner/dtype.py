@@ -4,24 +4,34 @@ from pathlib import Path
 
 from batchllm.native.kernels import usable_targets
 
+CPUINFO = Path("/proc/cpuinfo")
 
-def choose_dtype(wanted: str, stored: str) -> str:
-    """`bfloat16` or `float32`; `auto` is bfloat16 where weights and processor are made for it."""
+
+def choose_dtype(wanted: str, stored: str, attention_backend: str = "auto") -> str:
+    """`bfloat16` or `float32`; `auto` is bfloat16 where that is stored and no slower.
+
+    The compiled kernels are fast in it on more processors than torch is.
+    """
     if wanted != "auto":
         return wanted
-    return "bfloat16" if stored != "float32" and has_fast_bfloat16() else "float32"
+    if stored == "float32":
+        return "float32"
+    compiled = attention_backend in ("auto", "native") and has_kernels()
+    return "bfloat16" if compiled or has_fast_bfloat16() else "float32"
 
 
-def has_fast_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether bfloat16 is no slower here than float32, of which it is half the memory.
-
-    The processor multiplies it itself, or it is one that the kernels were compiled for; torch's own
-    products take several times as long otherwise.
-    """
+def has_fast_bfloat16(cpuinfo: Path = CPUINFO) -> bool:
+    """Whether the processor multiplies bfloat16 itself; elsewhere torch is faster in float32."""
     try:
         flags = cpuinfo.read_text()
     except OSError:
         return False
-    if any(flag in flags for flag in ("avx512_bf16", "amx_bf16", " bf16")):
-        return True
+    return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", " bf16"))
+
+
+def has_kernels(cpuinfo: Path = CPUINFO) -> bool:
+    """Whether kernels were compiled for this very kind of processor.
+
+    In bfloat16 they are no slower than in float32, of which it is half the memory.
+    """
     return any(target != "portable" for target in usable_targets(cpuinfo))

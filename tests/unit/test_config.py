@@ -5,7 +5,7 @@ from batchllm.errors import UsageError
 from batchllm.metrics import Metrics
 from batchllm.native.kernels import usable_targets
 from batchllm.request import SamplingParams
-from batchllm.runner.dtype import choose_dtype, has_fast_bfloat16
+from batchllm.runner.dtype import choose_dtype, has_fast_bfloat16, has_kernels
 
 
 def test_an_unknown_option_names_the_nearest_known():
@@ -55,16 +55,29 @@ def test_engine_config_out_of_range(values):
         EngineConfig(**values)
 
 
-def test_auto_dtype_follows_weights_and_processor(tmp_path):
-    cpuinfo = tmp_path / "cpuinfo"
-    cpuinfo.write_text("flags : sse\n")
-    assert not has_fast_bfloat16(cpuinfo)
-    cpuinfo.write_text("flags : sse avx2 fma\n")
-    assert has_fast_bfloat16(cpuinfo) == ("avx2" in usable_targets(cpuinfo))
-    cpuinfo.write_text("flags : avx512f avx512_bf16\n")
-    assert has_fast_bfloat16(cpuinfo)
+def test_auto_dtype_follows_weights_processor_and_kernels(monkeypatch):
+    monkeypatch.setattr("batchllm.runner.dtype.has_fast_bfloat16", lambda: False)
+    monkeypatch.setattr("batchllm.runner.dtype.has_kernels", lambda: True)
+    assert choose_dtype("auto", "bfloat16") == "bfloat16"
+    assert choose_dtype("auto", "float16", "native") == "bfloat16"
+    assert choose_dtype("auto", "bfloat16", "torch") == "float32"
+    monkeypatch.setattr("batchllm.runner.dtype.has_kernels", lambda: False)
+    assert choose_dtype("auto", "bfloat16") == "float32"
+    monkeypatch.setattr("batchllm.runner.dtype.has_fast_bfloat16", lambda: True)
+    assert choose_dtype("auto", "bfloat16", "torch") == "bfloat16"
     assert choose_dtype("auto", "float32") == "float32"
     assert choose_dtype("bfloat16", "float32") == "bfloat16"
+
+
+def test_processors_that_are_fast_in_bfloat16(tmp_path):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("flags : sse avx2 fma\n")
+    assert not has_fast_bfloat16(cpuinfo)
+    assert has_kernels(cpuinfo) == ("avx2" in usable_targets(cpuinfo))
+    cpuinfo.write_text("flags : sse\n")
+    assert not has_kernels(cpuinfo)
+    cpuinfo.write_text("flags : avx512f avx512_bf16\n")
+    assert has_fast_bfloat16(cpuinfo)
 
 
 def test_metrics_add_up_but_peaks_do_not():
