@@ -19,7 +19,7 @@ if platform.machine() in ("x86_64", "AMD64"):
     }
 SOURCES = [f"batchllm/native/src/{name}.cpp" for name in ("attention", "elementwise", "linear")]
 HEADERS = [source.replace(".cpp", ".h") for source in SOURCES]
-HEADERS += [f"batchllm/native/src/{name}.h" for name in ("simd", "products")]
+HEADERS += [f"batchllm/native/src/{name}.h" for name in ("ahead", "products", "simd")]
 # The warnings are about GCC's own intrinsics.
 QUIET = ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fopenmp", "-fno-math-errno", *QUIET]

@@ -116,7 +116,7 @@ def job_identity(
         "model": {
             **checkpoint.identity(),
             "tokenizer": checkpoint.tokenizer().fingerprint,
-            "dtype": _dtype(config, checkpoint),
+            "dtype": choose_dtype(config.engine, checkpoint.config.dtype),
             "quantization": config.engine.quantization,
             "max_model_len": choose_max_model_len(checkpoint, config.engine),
         },
@@ -124,11 +124,6 @@ def job_identity(
         "sampling": asdict(config.sampling),
         "output_column": config.output_column,
     }
-
-
-def _dtype(config: JobConfig, checkpoint: Checkpoint) -> str:
-    engine = config.engine
-    return choose_dtype(engine.dtype, checkpoint.config.dtype, engine.attention_backend)
 
 
 def _answer(
@@ -161,7 +156,7 @@ def _answer(
             "input": str(config.input),
             "output": str(config.output),
             "model": str(checkpoint.path.name),
-            "dtype": _dtype(config, checkpoint),
+            "dtype": choose_dtype(config.engine, checkpoint.config.dtype),
             "quantization": config.engine.quantization,
             "policy": policy,
             "sharing": config.engine.sharing,

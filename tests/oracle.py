@@ -1,11 +1,14 @@
 """Hugging Face's implementation, the yardstick for weights, logits and answers."""
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 
 from batchllm.runner.dtype import has_fast_bfloat16
 
 
+@cache
 def load_gguf_model(path, dtype=torch.float32):
     """Load a GGUF file as `from_pretrained(gguf_file=…)` does, less its demand for accelerate."""
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -2,21 +2,22 @@
 
 from pathlib import Path
 
+from batchllm.config import EngineConfig
 from batchllm.native.kernels import usable_targets
 
 CPUINFO = Path("/proc/cpuinfo")
 
 
-def choose_dtype(wanted: str, stored: str, attention_backend: str = "auto") -> str:
+def choose_dtype(config: EngineConfig, stored: str) -> str:
     """`bfloat16` or `float32`; `auto` is bfloat16 where that is stored and no slower.
 
     The compiled kernels are fast in it on more processors than torch is.
     """
-    if wanted != "auto":
-        return wanted
+    if config.dtype != "auto":
+        return config.dtype
     if stored == "float32":
         return "float32"
-    compiled = attention_backend in ("auto", "native") and has_kernels()
+    compiled = config.attention_backend in ("auto", "native") and has_kernels()
     return "bfloat16" if compiled or has_fast_bfloat16() else "float32"
 
 

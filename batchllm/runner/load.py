@@ -51,7 +51,7 @@ def load_runner(
     )
     torch.set_num_threads(threads.count)
     shape = checkpoint.config
-    name = choose_dtype(config.dtype, shape.dtype, config.attention_backend)
+    name = choose_dtype(config, shape.dtype)
     dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
     backend: AttentionBackend = make_backend(
         config.attention_backend, config.block_size, shape.head_dim

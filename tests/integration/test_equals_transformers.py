@@ -40,7 +40,7 @@ def oracle(dtype):
 @pytest.fixture(scope="module")
 def truth(dtype, oracle):
     """The same model in float32: how far bfloat16 is from it is what rounding does."""
-    return oracle if dtype == "float32" else load_gguf_model(resolve(None))
+    return oracle if dtype == "float32" else load_gguf_model(resolve(None), torch.float32)
 
 
 @pytest.fixture(scope="module")

@@ -55,18 +55,22 @@ def test_engine_config_out_of_range(values):
         EngineConfig(**values)
 
 
+def chosen(stored, **options):
+    return choose_dtype(EngineConfig(**options), stored)
+
+
 def test_auto_dtype_follows_weights_processor_and_kernels(monkeypatch):
     monkeypatch.setattr("batchllm.runner.dtype.has_fast_bfloat16", lambda: False)
     monkeypatch.setattr("batchllm.runner.dtype.has_kernels", lambda: True)
-    assert choose_dtype("auto", "bfloat16") == "bfloat16"
-    assert choose_dtype("auto", "float16", "native") == "bfloat16"
-    assert choose_dtype("auto", "bfloat16", "torch") == "float32"
+    assert chosen("bfloat16") == "bfloat16"
+    assert chosen("float16", attention_backend="native") == "bfloat16"
+    assert chosen("bfloat16", attention_backend="torch") == "float32"
     monkeypatch.setattr("batchllm.runner.dtype.has_kernels", lambda: False)
-    assert choose_dtype("auto", "bfloat16") == "float32"
+    assert chosen("bfloat16") == "float32"
     monkeypatch.setattr("batchllm.runner.dtype.has_fast_bfloat16", lambda: True)
-    assert choose_dtype("auto", "bfloat16", "torch") == "bfloat16"
-    assert choose_dtype("auto", "float32") == "float32"
-    assert choose_dtype("bfloat16", "float32") == "bfloat16"
+    assert chosen("bfloat16", attention_backend="torch") == "bfloat16"
+    assert chosen("float32") == "float32"
+    assert chosen("float32", dtype="bfloat16") == "bfloat16"
 
 
 def test_processors_that_are_fast_in_bfloat16(tmp_path):

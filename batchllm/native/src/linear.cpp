@@ -118,8 +118,7 @@ float round_row(const typename T::Value* row, int64_t size, Int8Product::Value* 
     for (int64_t j = 0; j < whole; j += W)
         Int8Product::put(rounded + j, T::widen(row + j) * inverse);
     for (int64_t j = whole; j < size; j++)
-        rounded[j] =
-            Int8Product::Value(int(std::nearbyint(T::get(row[j]) * inverse)) + 128);
+        rounded[j] = Int8Product::Value(int(std::nearbyint(T::get(row[j]) * inverse)) + 128);
     return peak / 127.0f + nothing;
 }
 
