@@ -4,6 +4,7 @@ Text is this repository's own documentation and licence plus the example table's
 of 5 to 1,500 tokens, many of them sharing beginnings.
 """
 
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -194,8 +195,14 @@ def test_logits_agree(llm, oracle, truth, prompts, dtype):
 
 
 def last_logits(model, prompts):
+    return [logits_after(model, tuple(prompt)) for prompt in prompts]
+
+
+@cache
+def logits_after(model, prompt):
+    """Next-token logits; several tests ask for the same."""
     with torch.inference_mode():
-        return [model(torch.tensor([p]), logits_to_keep=1).logits[0, -1].float() for p in prompts]
+        return model(torch.tensor([prompt]), logits_to_keep=1).logits[0, -1].float()
 
 
 def relative_errors(got, want):
