@@ -1,5 +1,8 @@
 """Greedy answers and logits against Hugging Face's implementation, on the default model's weights.
 
+An answer is greedy if each of its tokens is Hugging Face's likeliest after the prompt and the
+tokens before it, which one pass over both tells.
+
 Text is this repository's own documentation and licence plus the example table's, cut into prompts
 of 5 to 1,500 tokens, many of them sharing beginnings.
 """
@@ -84,49 +87,35 @@ def prompts(llm):
 
 
 @pytest.fixture(scope="module")
-def expected(llm, oracle, prompts):
-    """Hugging Face's greedy answer to each prompt, alone."""
-    answers = []
-    for prompt in prompts:
-        with torch.inference_mode():
-            out = oracle.generate(
-                torch.tensor([prompt]),
-                attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
-                max_new_tokens=NUM_NEW_TOKENS,
-                do_sample=False,
-                eos_token_id=list(llm.tokenizer.eos_token_ids),
-                pad_token_id=0,
-            )
-        answers.append(out[0, len(prompt) :].tolist())
-    return answers
+def answers(llm, prompts):
+    """Greedy, all prompts at once."""
+    outputs = llm.generate(prompts, SamplingParams(max_tokens=NUM_NEW_TOKENS))
+    return [output.output_token_ids.tolist() for output in outputs]
 
 
-def compare(oracle, truth, prompts, expected, outputs):
-    """Equal, or different first where rounding alone could have decided.
+def check_greedy(oracle, truth, eos, prompt, answer):
+    """Each token is the oracle's likeliest after those before it, or rounding alone decided.
 
     That is where the oracle's logits of the two tokens are no further apart than twice (one error a
-    token) the most that rounding moved any of its own logits at that very place. Returns how many
-    answers differ.
+    token) the most that rounding moved any of its own logits at that very place. The answer ends
+    where the oracle ends it. Returns how many tokens are not its likeliest.
     """
-    different = 0
-    for prompt, want, output in zip(prompts, expected, outputs, strict=True):
-        got = output.output_token_ids.tolist()
-        if got == want:
-            continue
-        different += 1
-        at = next(
-            (i for i, (a, b) in enumerate(zip(got, want, strict=False)) if a != b),
-            min(len(got), len(want)),
-        )
-        assert at < min(len(got), len(want)), f"{got} ends elsewhere than {want}"
-        (logits,), (exact,) = (last_logits(m, [prompt + want[:at]]) for m in (oracle, truth))
-        rounding = max(2 * float((logits - exact).abs().max()), FLOAT32_ROUNDING)
-        gap = float(logits[want[at]] - logits[got[at]])
+    assert not set(answer[:-1]) & eos, f"{answer} goes on after its end"
+    assert len(answer) == NUM_NEW_TOKENS or answer[-1] in eos, f"{answer} ends too early"
+    logits = logits_along(oracle, tuple(prompt), tuple(answer))
+    best = logits.argmax(-1).tolist()
+    different = [
+        i for i, (ours, theirs) in enumerate(zip(answer, best, strict=True)) if ours != theirs
+    ]
+    for at in different:
+        exact = logits_along(truth, tuple(prompt), tuple(answer))[at]
+        rounding = max(2 * float((logits[at] - exact).abs().max()), FLOAT32_ROUNDING)
+        gap = float(logits[at, best[at]] - logits[at, answer[at]])
         assert gap <= rounding, (
-            f"prompt of {len(prompt)} tokens, output {at}: ours {got[at]}, theirs {want[at]}, "
+            f"prompt of {len(prompt)} tokens, output {at}: ours {answer[at]}, theirs {best[at]}, "
             f"whose logits are {gap:.3f} apart; rounding explains {rounding:.3f}"
         )
-    return different
+    return len(different)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +128,7 @@ def compare(oracle, truth, prompts, expected, outputs):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_greedy_answers_equal(llm, oracle, truth, prompts, expected, dtype, options, expects):
+def test_greedy_answers_equal(llm, oracle, truth, prompts, dtype, options, expects):
     if dtype == "bfloat16" and expects in ("unshared", "chunked"):
         pytest.skip("float32 shows these exactly; in bfloat16 they add minutes and rounding")
     if expects == "preempted":  # room for the longest prompt, hardly more
@@ -152,12 +141,15 @@ def test_greedy_answers_equal(llm, oracle, truth, prompts, expected, dtype, opti
     outputs = engine.generate(prompts, SamplingParams(max_tokens=NUM_NEW_TOKENS))
     assert (engine.metrics.preemptions > 0) == (expects == "preempted")
     assert (engine.metrics.saved_share > 0.2) == (expects != "unshared")
-    different = compare(oracle, truth, prompts, expected, outputs)
-    print(f"{dtype}, {expects}: {different} of {len(prompts)} differ, all within rounding")
+    eos = set(llm.tokenizer.eos_token_ids)
+    different = 0
+    for prompt, output in zip(prompts, outputs, strict=True):
+        different += check_greedy(oracle, truth, eos, prompt, output.output_token_ids.tolist())
+    print(f"{dtype}, {expects}: {different} tokens differ, all within rounding")
     assert different == 0 or dtype == "bfloat16"
 
 
-def test_logits_agree(llm, oracle, truth, prompts, dtype):
+def test_logits_agree(llm, oracle, truth, prompts, answers, dtype):
     """Next-token logits of every prompt, computed as one shared batch, against one at a time.
 
     In float32 they agree. In bfloat16 both sides round; ours may lie no further from the float32
@@ -179,13 +171,13 @@ def test_logits_agree(llm, oracle, truth, prompts, dtype):
         got |= {i: row.float() for i, row in zip(rows, logits, strict=True)}
         scheduler.update(batch, StepOutput(logits.argmax(-1).numpy().astype(np.int32)))
     assert set(got) == set(range(len(prompts)))
-    theirs = last_logits(oracle, prompts)
+    theirs = first_logits(oracle, prompts, answers)
     if dtype == "float32":
         error = relative_errors([got[i] for i in range(len(prompts))], theirs).max()
         print(f"float32: logits differ by at most {error:.2e} of the largest")
         assert error < 1e-3
         return
-    exact = last_logits(truth, prompts)
+    exact = first_logits(truth, prompts, answers)
     ours = relative_errors([got[i] for i in range(len(prompts))], exact)
     their_errors = relative_errors(theirs, exact)
     print(
@@ -194,15 +186,21 @@ def test_logits_agree(llm, oracle, truth, prompts, dtype):
     assert ours.mean() < 1.25 * their_errors.mean()
 
 
-def last_logits(model, prompts):
-    return [logits_after(model, tuple(prompt)) for prompt in prompts]
+def first_logits(model, prompts, answers):
+    """Those that each answer's first token is chosen by, float32 [num_vocab] each."""
+    pairs = zip(prompts, answers, strict=True)
+    return [logits_along(model, tuple(prompt), tuple(answer))[0] for prompt, answer in pairs]
 
 
 @cache
-def logits_after(model, prompt):
-    """Next-token logits; several tests ask for the same."""
+def logits_along(model, prompt, answer):
+    """What Hugging Face would choose each token of an answer by, float32 [len(answer), num_vocab].
+
+    One pass over prompt and answer takes a tenth of generating it; several tests ask for the same.
+    """
+    tokens = torch.tensor([prompt + answer[:-1]])
     with torch.inference_mode():
-        return model(torch.tensor([prompt]), logits_to_keep=1).logits[0, -1].float()
+        return model(tokens, logits_to_keep=len(answer)).logits[0].float()
 
 
 def relative_errors(got, want):
