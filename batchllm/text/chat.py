@@ -1,6 +1,6 @@
 """A model's chat template: messages to the text the model was trained to continue.
 
-The templates come with models from strangers, so they run in Jinja's immutable sandbox, with the
+The templates come with models from strangers, so they run in a sandbox with a budget, with the
 extras that Hugging Face's renderer gives them.
 """
 
@@ -13,7 +13,8 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from batchllm.text.sandbox import LimitedEnvironment, render
 
 
 class ChatTemplate:
@@ -28,11 +29,9 @@ class ChatTemplate:
         tokens = {"bos_token": bos_token, "eos_token": eos_token}
         self._variables = {name: token for name, token in tokens.items() if token is not None}
         try:
-            self._template = _ENVIRONMENT.from_string(source)
-        except jinja2.TemplateSyntaxError as error:
-            raise ValueError(
-                f"the chat template is not valid: {error.message} (line {error.lineno})"
-            ) from None
+            self._template = _ENVIRONMENT.compiled(source)
+        except ValueError as error:
+            raise ValueError(f"the chat template is not valid: {error}") from None
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
@@ -48,16 +47,14 @@ class ChatTemplate:
             ValueError: the template refuses the conversation (its own message is kept), or fails.
         """
         plain = [{k: v for k, v in m.items() if v is not None} for m in messages]
-        try:
-            return self._template.render(
-                messages=plain,
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
-                **self._variables,
-            )
-        except Exception as error:  # a template can fail in any way that Python can
-            raise ValueError(str(error) or type(error).__name__) from None
+        variables = {
+            "messages": plain,
+            "add_generation_prompt": add_generation_prompt,
+            "tools": None,
+            "documents": None,
+            **self._variables,
+        }
+        return render(self._template, variables)
 
 
 class _GenerationTag(Extension):
@@ -98,8 +95,8 @@ def to_json(
     )
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
+def _environment() -> LimitedEnvironment:
+    environment = LimitedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=["jinja2.ext.loopcontrols", _GenerationTag],
@@ -109,7 +106,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
         "strftime_now": _strftime_now,
     }
     environment.globals.update(extras)
-    environment.filters["tojson"] = to_json
+    environment.limit_filter("tojson", to_json)
     return environment
 
 

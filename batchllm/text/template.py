@@ -8,10 +8,10 @@ from typing import Any
 
 import jinja2
 from jinja2 import meta, nodes
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from batchllm.errors import UsageError
 from batchllm.text.chat import to_json
+from batchllm.text.sandbox import LimitedEnvironment, render
 
 _SINGLE_BRACES = re.compile(r"\{\s*([A-Za-z_]\w*)\s*\}")
 _ROW = "row"
@@ -38,12 +38,10 @@ class RowTemplate:
     def __init__(self, source: str) -> None:
         _refuse_single_braces(source)
         try:
-            tree = _ENVIRONMENT.parse(source)
-            self._template = _ENVIRONMENT.from_string(source)
-        except jinja2.TemplateSyntaxError as error:
-            raise UsageError(
-                f"the template is not valid Jinja: {error.message} (line {error.lineno})"
-            ) from None
+            self._template = _ENVIRONMENT.compiled(source)
+        except ValueError as error:
+            raise UsageError(f"the template is not valid Jinja: {error}") from None
+        tree = _ENVIRONMENT.parse(source)
         self._objects = _objects(tree)
         self.prints_object = bool(self._objects)
         before = _names_before_object(tree)
@@ -72,10 +70,7 @@ class RowTemplate:
         Raises:
             ValueError: the template fails on this row; the message says why.
         """
-        try:
-            return self._template.render({**row, _ROW: _Row(row, own_order)})
-        except Exception as error:  # a template can fail in any way that Python can
-            raise ValueError(str(error) or type(error).__name__) from None
+        return render(self._template, {**row, _ROW: _Row(row, own_order)})
 
 
 class _Row(dict[Any, Any]):
@@ -190,12 +185,10 @@ def json_text(value: object) -> str:
     return str(value)
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        undefined=jinja2.StrictUndefined, finalize=_refuse_null
-    )
+def _environment() -> LimitedEnvironment:
+    environment = LimitedEnvironment(undefined=jinja2.StrictUndefined, finalize=_refuse_null)
     environment.globals.clear()
-    environment.filters["tojson"] = partial(to_json, default=json_text)
+    environment.limit_filter("tojson", partial(to_json, default=json_text))
     return environment
 
 
