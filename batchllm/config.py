@@ -9,6 +9,7 @@ from batchllm.errors import UsageError
 
 DTYPES = ("auto", "bfloat16", "float32")
 QUANTIZATIONS = ("int8",)
+_SIZE_DIGITS = 20
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
@@ -77,6 +78,6 @@ def parse_size(text: str) -> int:
         UsageError: not a size.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?\s*", text.lower())
-    if match is None:
+    if match is None or len(match[1]) > _SIZE_DIGITS:
         raise UsageError(f"{text!r} is not a size; write it like 512M or 4GiB")
     return int(float(match[1]) * _UNITS[match[2]])

@@ -1,8 +1,17 @@
 """What batchllm raises. Everything a user can cause derives from BatchLLMError."""
 
+_MESSAGE_CHARS = 1000
+
 
 class BatchLLMError(Exception):
-    """A failure with a message meant for the user; the CLI prints it as one line, exit code 1."""
+    """A failure with a message meant for the user; the CLI prints it as one line, exit code 1.
+
+    Names and values out of files are part of many messages, so line ends, control characters and
+    lone surrogates are shown as escapes, and what is very long is cut in the middle.
+    """
+
+    def __str__(self) -> str:
+        return one_line(super().__str__(), _MESSAGE_CHARS)
 
 
 class UsageError(BatchLLMError, ValueError):
@@ -23,3 +32,15 @@ class ModelError(BatchLLMError):
 
 class MissingExtraError(BatchLLMError, ImportError):
     """An optional part is not installed; the message says which extra brings it."""
+
+
+def one_line(text: str, most: int) -> str:
+    """A text as a line of at most `most` characters that a terminal can be given."""
+    text = _cut(text, most)
+    if text.isprintable():
+        return text
+    return _cut("".join(c if c.isprintable() else repr(c)[1:-1] for c in text), most)
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most * 2 // 3]} … {text[-most // 4 :]}"

@@ -1,5 +1,6 @@
 """What a model is, read from a Hugging Face style config: plain numbers, no torch."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -147,7 +148,7 @@ class ModelConfig:
 def token_ids(value: object, name: str) -> tuple[int, ...]:
     """A config's one id, list of ids or null as a tuple."""
     ids = value if isinstance(value, list) else [] if value is None else [value]
-    if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
+    if any(isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < 2**31 for i in ids):
         raise ModelError(f"model config: {name} is {value!r}, not a token id or a list of them")
     return tuple(ids)
 
@@ -222,4 +223,10 @@ def _number(values: Mapping[str, Any], key: str, default: float | None = None) -
         raise ModelError(f"model config: {key} is missing")
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ModelError(f"model config: {key} is {value!r}, not a number")
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ModelError(f"model config: {key} is {value!r}, not a finite number")
+    return number

@@ -11,6 +11,7 @@ from batchllm.errors import ModelError
 from batchllm.models.config import ModelConfig
 from batchllm.models.gguf_file import GGUFFile
 from batchllm.text.gguf_tokenizer import gguf_special_ids
+from batchllm.text.gguf_values import typed
 
 ROPE_FACTORS = "rope_freqs.weight"
 _STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -25,7 +26,7 @@ def read_gguf_config(file: GGUFFile) -> ModelConfig:
         ModelError: another architecture, or a variation of this one that is not implemented.
     """
     metadata, tensors = file.metadata, file.tensors
-    if (arch := metadata.get("general.architecture")) != "llama":
+    if (arch := typed(metadata, "general.architecture", str)) != "llama":
         raise ModelError(f"GGUF architecture {arch!r} is not supported; supported: llama")
     if "token_embd.weight" not in tensors:
         raise ModelError("tensor token_embd.weight is missing")
@@ -38,7 +39,7 @@ def read_gguf_config(file: GGUFFile) -> ModelConfig:
     if _get(metadata, "attention.value_length", head_dim) != head_dim:
         raise ModelError("keys and values of different sizes are not supported")
     special = gguf_special_ids(metadata)
-    base = _get(metadata, "rope.freq_base", 10_000.0)
+    base = _number(metadata, "rope.freq_base", 10_000.0)
     return ModelConfig.from_hugging_face(
         {
             "architectures": ["LlamaForCausalLM"],
@@ -68,6 +69,13 @@ def _get(metadata: dict[str, Any], key: str, default: object = None) -> Any:  # 
     if isinstance(value, list | np.ndarray):
         raise ModelError(f"llama.{key} differs from layer to layer, which is not supported")
     return value
+
+
+def _number(metadata: dict[str, Any], key: str, default: float) -> float:
+    value = typed(metadata, f"llama.{key}", float)
+    if value is not None and not 0 < value < math.inf:
+        raise ModelError(f"llama.{key} is {value}, not a positive number")
+    return default if value is None else value
 
 
 def _stored_dtype(file: GGUFFile) -> str:
@@ -104,12 +112,12 @@ def _llama3_scaling(file: GGUFFile, base: float) -> dict[str, Any] | None:
     factor = float(factors.max())
     if np.all(factors == 1):
         return None
-    original = _get(file.metadata, "rope.scaling.original_context_length", 8192)
+    original = _number(file.metadata, "rope.scaling.original_context_length", 8192)
     scaling = {
         "rope_type": "llama3",
         "factor": factor,
         **_LLAMA3,
-        "original_max_position_embeddings": original,
+        "original_max_position_embeddings": int(original),
     }
     expected = _llama3_factors(len(factors), base, factor, original)
     if not np.allclose(factors, expected, rtol=1e-3):
@@ -120,7 +128,7 @@ def _llama3_scaling(file: GGUFFile, base: float) -> dict[str, Any] | None:
     return scaling
 
 
-def _llama3_factors(count: int, base: float, factor: float, original: int) -> NDArray[np.float64]:
+def _llama3_factors(count: int, base: float, factor: float, original: float) -> NDArray[np.float64]:
     low, high = _LLAMA3["low_freq_factor"], _LLAMA3["high_freq_factor"]
     turns = original / (2 * math.pi * base ** (np.arange(count) / count))
     smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)

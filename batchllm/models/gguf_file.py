@@ -177,9 +177,10 @@ def _read_header(reader: _Reader) -> tuple[dict[str, Any], dict[str, GGUFTensor]
     for _ in range(num_values):
         key = reader.string()
         metadata[key] = reader.value(reader.scalar("<I"))
-    if metadata.get("split.count", 1) not in (0, 1):
+    parts = metadata.get("split.count", 1)
+    if not isinstance(parts, int) or parts not in (0, 1):
         raise _MalformedError(
-            f"this is one of {metadata['split.count']} parts of a split GGUF; "
+            f"this is one of {parts} parts of a split GGUF; "
             "merge them into one file first (llama-gguf-split --merge)"
         )
     places = [_read_place(reader) for _ in range(num_tensors)]

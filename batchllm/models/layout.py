@@ -55,6 +55,11 @@ def check_tensors(config: ModelConfig, found: Mapping[str, Shape], path: Path) -
         ModelError: a tensor is missing, has another shape, or is not part of the architecture (its
             effect would silently be left out).
     """
+    if config.num_layers > len(found):  # each has several; told before as many are listed
+        raise ModelError(
+            f"{path}: the config says {config.num_layers:,} layers, "
+            f"but there are only {len(found):,} tensors"
+        )
     expected = expected_tensors(config)
     for name, shape in expected.items():
         if name not in found:

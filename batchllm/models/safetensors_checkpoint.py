@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from batchllm.errors import ModelError
 from batchllm.models.config import ModelConfig, token_ids
 from batchllm.models.layout import check_tensors, sampled_sha256
-from batchllm.text.tokenizer import Tokenizer, read_json
+from batchllm.text.tokenizer import Tokenizer, first_line, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -81,14 +81,18 @@ class SafetensorsCheckpoint:
 
     def weights(self, dtype: "torch.dtype | None" = None) -> Iterator[tuple[str, "torch.Tensor"]]:
         """Yield (canonical name, tensor) one at a time, as stored or converted to `dtype`."""
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         for path in self._files:
-            with safe_open(path, framework="pt") as file:
-                for name, tensor in self._tensors.items():
-                    if tensor.file == path:
-                        value = file.get_tensor(name)
-                        yield name, value if dtype is None else value.to(dtype)
+            names = [name for name, tensor in self._tensors.items() if tensor.file == path]
+            try:
+                opened = safe_open(path, framework="pt")
+            except SafetensorError as error:  # holds headers against more than we do
+                raise ModelError(f"{path}: cannot be read: {first_line(error)}") from None
+            with opened as file:
+                for name in names:
+                    value = file.get_tensor(name)
+                    yield name, value if dtype is None else value.to(dtype)
 
     def identity(self) -> dict[str, str]:
         identity = {"format": "safetensors"}
@@ -137,16 +141,18 @@ def _read_header(path: Path) -> dict[str, _StoredTensor]:
             entries = [(n, t["dtype"], t["shape"], t["data_offsets"]) for n, t in header.items()]
             tensors = {}
             for name, dtype, shape, (start, end) in entries:
+                if not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
+                    raise ValueError(name)
                 tensors[name] = _StoredTensor(path, tuple(shape), dtype)
                 expected = math.prod(shape) * _BYTES.get(dtype, 0)
-                if start < 0 or end - start < expected:
+                if end - start < expected:
                     raise ValueError(name)
                 if 8 + length + end > size:
                     raise ModelError(
                         f"{path}: the file is truncated: it has {size:,} bytes, but tensor {name} "
                         f"ends at byte {8 + length + end:,}"
                     )
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise ModelError(f"{path}: the safetensors header is damaged") from None
     return tensors
 

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from batchllm.errors import UsageError
+from batchllm.errors import UsageError, one_line
 from batchllm.request import RaggedTokens, RowError
 from batchllm.text.ragged import rows_with
 
@@ -71,18 +72,29 @@ def is_messages(kind: pa.DataType) -> bool:
 
 
 def python_values(column: pa.ChunkedArray, errors: RowErrors) -> list[Any]:
-    """A column as Python values; a row whose text is not UTF-8 becomes None and an error."""
+    """A column as Python values.
+
+    A row whose value has none, such as text that is not UTF-8, becomes None and an error. Times
+    that Python's are too coarse or too short for become text.
+    """
     try:
         return column.to_pylist()  # type: ignore[no-any-return]
+    except Exception:  # one value is enough, by what it is: find it
+        return [_python_value(value, row, errors) for row, value in enumerate(column)]
+
+
+def _python_value(value: pa.Scalar, row: int, errors: RowErrors) -> Any:  # noqa: ANN401
+    try:
+        return value.as_py()
     except UnicodeDecodeError:
-        values = []
-        for row, value in enumerate(column):
-            try:
-                values.append(value.as_py())
-            except UnicodeDecodeError:
-                errors.setdefault(row, RowError("invalid_utf8", "the text is not valid UTF-8"))
-                values.append(None)
-        return values
+        errors.setdefault(row, RowError("invalid_utf8", "the text is not valid UTF-8"))
+    except Exception as error:
+        if pa.types.is_temporal(value.type):
+            with suppress(pa.ArrowException, UnicodeDecodeError):
+                return value.cast(pa.string()).as_py()
+        message = f"a value of type {value.type} cannot be read: {error}"
+        errors.setdefault(row, RowError("invalid_value", one_line(message, 300)))
+    return None
 
 
 def token_rows(column: pa.ChunkedArray, vocab_size: int, errors: RowErrors) -> RaggedTokens:

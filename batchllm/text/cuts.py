@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import tokenizers
-from tokenizers import models
+from tokenizers import models, pre_tokenizers
 
 from batchllm.request import TokenIds
 
@@ -81,16 +81,16 @@ class Cuts:
             normalizers = _steps(backend.normalizer, "normalizers")
             pre_tokenizers = _steps(backend.pre_tokenizer, "pretokenizers")
             post_processors = _steps(backend.post_processor, "processors")
-        except Exception:  # a step written in Python; the library raises bare Exception
-            return None
-        kinds = {step["type"] for step in normalizers}
-        around = _around(post_processors)
-        if (
-            not kinds <= _NORMALIZERS
-            or not _cutting(pre_tokenizers)
-            or not _added_tokens_stay_whole(backend)
-            or around is None
-        ):
+            kinds = {step["type"] for step in normalizers}
+            around = _around(post_processors)
+            if (
+                not kinds <= _NORMALIZERS
+                or not _cutting(pre_tokenizers)
+                or not _added_tokens_stay_whole(backend)
+                or around is None
+            ):
+                return None
+        except Exception:  # a step written in Python, or damaged; the library raises bare Exception
             return None
         places = [_SPACE]
         if not any(step.get("add_prefix_space") for step in pre_tokenizers):
@@ -101,6 +101,33 @@ class Cuts:
         """The last place to cut `text` at that looks at nothing outside `[start - 1, end)`."""
         match = self.place.match(text, start, end)
         return None if match is None else match.end() - 1
+
+
+def longest_token(backend: tokenizers.Tokenizer) -> int | None:
+    """The most bytes of a text that one token can stand for; None where that is not known.
+
+    It is of a byte-level BPE that has all bytes, and whose steps drop no text.
+    """
+    model = backend.model
+    if not isinstance(model, models.BPE) or backend.normalizer is not None:
+        return None
+    if model.continuing_subword_prefix or model.end_of_word_suffix:
+        return None
+    try:
+        steps = _steps(backend.pre_tokenizer, "pretokenizers")
+        vocabulary = backend.get_vocab(with_added_tokens=False)
+        added = list(backend.get_added_tokens_decoder().values())
+    except Exception:  # a step written in Python, or damaged; the library raises bare Exception
+        return None
+    kinds = {step["type"] for step in steps}
+    drops = any(step.get("behavior") == "Removed" for step in steps)
+    strips = any(token.lstrip or token.rstrip for token in added)
+    if "ByteLevel" not in kinds or not kinds <= {"ByteLevel", "Split", "Digits"} or drops or strips:
+        return None
+    if not vocabulary.keys() >= set(pre_tokenizers.ByteLevel.alphabet()):
+        return None
+    # A character of a token in the vocabulary is a byte.
+    return max(*map(len, vocabulary), *(len(token.content.encode()) for token in added), 1)
 
 
 def _steps(component: Any, members: str) -> list[dict[str, Any]]:  # noqa: ANN401

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from batchllm.errors import ModelError
-from batchllm.text.tokenizer import Tokenizer, add_bos_and_eos, first_line
+from batchllm.text.gguf_values import numbers, texts, typed
+from batchllm.text.tokenizer import Tokenizer, add_bos_and_eos, library_errors
 
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
 _SPACE = "\u2581"
@@ -99,10 +100,11 @@ def gguf_special_ids(metadata: Mapping[str, Any]) -> GGUFSpecialIds:
     """
     tokens = _tokens(metadata)
     types = _token_types(metadata, len(tokens))
-    is_spm = metadata.get("tokenizer.ggml.model") == "llama"
+    is_spm = typed(metadata, "tokenizer.ggml.model", str) == "llama"
 
     def named(key: str, default: int | None = None) -> int | None:
-        token_id: int | None = metadata.get(f"tokenizer.ggml.{key}_token_id", default)
+        token_id = typed(metadata, f"tokenizer.ggml.{key}_token_id", int)
+        token_id = default if token_id is None else token_id
         if token_id is not None and not 0 <= token_id < len(tokens):
             raise ModelError(
                 f"tokenizer.ggml.{key}_token_id is {token_id}, outside the vocabulary of "
@@ -130,8 +132,9 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     tokens = _tokens(metadata)
     types = _token_types(metadata, len(tokens))
     special = gguf_special_ids(metadata)
-    kind = metadata.get("tokenizer.ggml.model")
-    try:
+    kind = typed(metadata, "tokenizer.ggml.model", str)
+    add = {key: typed(metadata, f"tokenizer.ggml.add_{key}_token", bool) for key in ("bos", "eos")}
+    with library_errors(f"the GGUF tokenizer is damaged ({_WAY_OUT})"):
         if kind == "gpt2":
             backend, add_bos = _byte_level_bpe(metadata, tokens)
         elif kind == "llama":
@@ -139,46 +142,39 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
         else:
             raise ModelError(f"the GGUF tokenizer {kind!r} is not supported; {_WAY_OUT}")
         _add_whole_tokens(backend, tokens, types)
-    except ModelError:
-        raise
-    except Exception as error:  # the library raises bare Exception
-        raise ModelError(
-            f"the GGUF tokenizer is damaged: {first_line(error)}; {_WAY_OUT}"
-        ) from None
-
     bos_token = None if special.bos is None else tokens[special.bos]
     eos_token = None if special.eos is None else tokens[special.eos]
     add_bos_and_eos(
         backend,
-        bos_token if metadata.get("tokenizer.ggml.add_bos_token", add_bos) else None,
-        eos_token if metadata.get("tokenizer.ggml.add_eos_token", False) else None,
+        bos_token if (add_bos if add["bos"] is None else add["bos"]) else None,
+        eos_token if add["eos"] else None,
     )
     return Tokenizer(
         backend,
         bos_token=bos_token,
         eos_token=eos_token,
         eos_token_ids=special.end_of_generation,
-        chat_template=metadata.get("tokenizer.chat_template"),
+        chat_template=typed(metadata, "tokenizer.chat_template", str),
     )
 
 
 def _byte_level_bpe(
     metadata: Mapping[str, Any], tokens: Sequence[str]
 ) -> tuple[tokenizers.Tokenizer, bool]:
-    name = metadata.get("tokenizer.ggml.pre") or "default"
+    name = typed(metadata, "tokenizer.ggml.pre", str) or "default"
     pre_tokenizer = _PRE_TOKENIZERS.get(name)
     if pre_tokenizer is None:
         raise ModelError(
             f"the GGUF pre-tokenizer {name!r} is not supported "
             f"(supported: {', '.join(_PRE_TOKENIZERS)}); {_WAY_OUT}"
         )
-    if "tokenizer.ggml.merges" not in metadata:
+    merges = texts(metadata, "tokenizer.ggml.merges")
+    if merges is None:
         raise ModelError(f"the GGUF file has no tokenizer merges; {_WAY_OUT}")
-    merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
     backend = tokenizers.Tokenizer(
         models.BPE(
             vocab={token: i for i, token in enumerate(tokens)},
-            merges=merges,
+            merges=[_merge(text) for text in merges],
             ignore_merges=pre_tokenizer.ignore_merges,
         )
     )
@@ -190,13 +186,18 @@ def _byte_level_bpe(
     return backend, pre_tokenizer.add_bos
 
 
+def _merge(text: str) -> tuple[str, str]:
+    left, _, right = text.partition(" ")
+    return left, right
+
+
 def _sentencepiece_bpe(
     metadata: Mapping[str, Any],
     tokens: Sequence[str],
     types: NDArray[np.int32],
     unknown: int | None,
 ) -> tuple[tokenizers.Tokenizer, bool]:
-    scores = metadata.get("tokenizer.ggml.scores")
+    scores = numbers(metadata, "tokenizer.ggml.scores")
     if scores is None or len(scores) != len(tokens):
         raise ModelError(f"the GGUF file has no score for each token; {_WAY_OUT}")
     backend = tokenizers.Tokenizer(
@@ -208,7 +209,7 @@ def _sentencepiece_bpe(
             unk_token=None if unknown is None else tokens[unknown],
         )
     )
-    add_space = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    add_space = typed(metadata, "tokenizer.ggml.add_space_prefix", bool) is not False
     # As a normaliser, the space goes before every stretch of text between special tokens, which is
     # what llama.cpp does (and transformers' "legacy" Llama tokenizer).
     escape = normalizers.Replace(" ", _SPACE)
@@ -223,7 +224,7 @@ def _sentencepiece_bpe(
 
 
 def _merges_from_scores(
-    tokens: Sequence[str], scores: Sequence[float], types: NDArray[np.int32]
+    tokens: Sequence[str], scores: NDArray[Any], types: NDArray[np.int32]
 ) -> list[tuple[str, str]]:
     """The merges a SentencePiece vocabulary implies, best first.
 
@@ -262,15 +263,15 @@ def _add_whole_tokens(
 
 
 def _tokens(metadata: Mapping[str, Any]) -> list[str]:
-    tokens = metadata.get("tokenizer.ggml.tokens")
-    if not isinstance(tokens, list) or not tokens:
+    tokens = texts(metadata, "tokenizer.ggml.tokens")
+    if not tokens:
         raise ModelError(f"the GGUF file has no vocabulary; {_WAY_OUT}")
     return tokens
 
 
 def _token_types(metadata: Mapping[str, Any], count: int) -> NDArray[np.int32]:
     """Each token's type, int32 [count]; a file that does not tell has only normal ones."""
-    types = metadata.get("tokenizer.ggml.token_type")
+    types = numbers(metadata, "tokenizer.ggml.token_type")
     if types is None:
         return np.ones(count, dtype=np.int32)
     if len(types) != count:

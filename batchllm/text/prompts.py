@@ -3,15 +3,17 @@
 A row that cannot be a prompt gets an error and zero tokens; the others go on.
 """
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from batchllm.errors import UsageError
+from batchllm.errors import ModelError, UsageError
 from batchllm.request import RaggedTokens, Request, RowError, SamplingParams
 from batchllm.text import columns, ragged
 from batchllm.text.chat import ChatTemplate
@@ -220,8 +222,11 @@ class PromptBuilder:
             if not _encodable(text):
                 texts[row] = ""
                 errors[row] = RowError("invalid_utf8", "the text has a lone surrogate")
+            elif len(text) > self._quick_chars and (least := self._least_tokens(text)):
+                texts[row] = ""
+                errors[row] = self._too_long(f"at least {least:,}")
         unique = list(dict.fromkeys(texts))
-        tokens = self._tokenizer.encode_batch(unique, add_special_tokens=self._chat is None)
+        tokens = self._encode_unique(unique, texts, errors)
         if len(unique) < len(texts):
             number = {text: i for i, text in enumerate(unique)}
             tokens = ragged.take_rows(tokens, np.array([number[t] for t in texts], dtype=np.int64))
@@ -231,16 +236,55 @@ class PromptBuilder:
             errors.setdefault(row, error)
         return tokens
 
+    def _encode_unique(
+        self, unique: list[str], texts: list[str], errors: dict[int, RowError]
+    ) -> RaggedTokens:
+        """Tokenize all at once; where that fails, each alone, to find those to blame."""
+        add_special_tokens = self._chat is None
+        try:
+            return self._tokenizer.encode_batch(unique, add_special_tokens=add_special_tokens)
+        except ModelError:
+            pass
+        found = []
+        failures: dict[str, RowError] = {}
+        for text in unique:
+            try:
+                tokens = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
+                found.append(tokens.values)
+            except ModelError as error:
+                found.append(np.zeros(0, dtype=np.int32))
+                failures[text] = RowError("tokenizer_error", str(error))
+        for row, text in enumerate(texts):
+            if text in failures:
+                errors.setdefault(row, failures[text])
+        return RaggedTokens.from_sequences(found)
+
+    @cached_property
+    def _quick_chars(self) -> int:
+        """A text of no more characters may fit, whatever it is made of."""
+        longest = self._tokenizer.longest_token
+        return sys.maxsize if longest is None else self._max_model_len * longest // 4
+
+    def _least_tokens(self, text: str) -> int:
+        """How many tokens a text has at least, where those are too many; else 0."""
+        longest = self._tokenizer.longest_token
+        assert longest is not None
+        least = -(-len(text.encode()) // longest)
+        return least if least >= self._max_model_len else 0
+
+    def _too_long(self, tokens: str) -> RowError:
+        message = (
+            f"the prompt has {tokens} tokens, and the model's length of {self._max_model_len:,} "
+            "must hold one more"
+        )
+        return RowError("prompt_too_long", message)
+
     def _check_lengths(self, tokens: RaggedTokens, errors: dict[int, RowError]) -> None:
         lengths, limit = tokens.lengths, self._max_model_len
         for row in np.flatnonzero(lengths == 0).tolist():
             errors.setdefault(row, RowError("empty_prompt", "the prompt has no tokens"))
         for row in np.flatnonzero(lengths >= limit).tolist():
-            message = (
-                f"the prompt has {lengths[row]:,} tokens, and the model's length of {limit:,} "
-                "must hold one more"
-            )
-            errors.setdefault(row, RowError("prompt_too_long", message))
+            errors.setdefault(row, self._too_long(f"{lengths[row]:,}"))
 
 
 def _rebuild(

@@ -6,7 +6,8 @@ from typing import Any
 
 from jinja2.exceptions import SecurityError
 
-MAX_WORK = 4_000_000
+MAX_WORK = 2_000_000
+_ATOMS = {bool, float, type(None)}
 _CONTAINERS = (list, tuple, set, frozenset, KeysView, ValuesView, ItemsView)
 
 
@@ -65,6 +66,8 @@ def deep(value: Any, budget: Budget) -> Extent:  # noqa: ANN401
             kind = type(item)
             if kind is str:
                 units += 1 + (len(item) >> 4)
+            elif kind in _ATOMS:
+                units += 1
             elif isinstance(item, dict):
                 units += 1
                 below += item

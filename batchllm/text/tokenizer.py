@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -14,7 +15,7 @@ from tokenizers import processors
 
 from batchllm.errors import ModelError
 from batchllm.request import RaggedTokens, TokenIds
-from batchllm.text.cuts import Cuts
+from batchllm.text.cuts import Cuts, longest_token
 from batchllm.text.segments import segment
 
 # Texts go to the tokenizer in batches of this many or this long: enough to keep every core busy,
@@ -61,10 +62,8 @@ class Tokenizer:
         path = directory / "tokenizer.json"
         if not path.is_file():
             raise ModelError(f"{directory}: tokenizer.json is missing")
-        try:
+        with library_errors(f"{path}: not a tokenizer"):
             backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise ModelError(f"{path}: not a tokenizer: {first_line(error)}") from None
         config = read_json(directory / "tokenizer_config.json", required=False)
         bos_token = _token_text(config.get("bos_token"))
         eos_token = _token_text(config.get("eos_token"))
@@ -76,7 +75,8 @@ class Tokenizer:
                 eos_token if config.get("add_eos_token") else None,
             )
         if not eos_token_ids and eos_token is not None:
-            eos_id = backend.token_to_id(eos_token)
+            with library_errors(f"{path}: not a tokenizer"):
+                eos_id = backend.token_to_id(eos_token)
             eos_token_ids = () if eos_id is None else (eos_id,)
         return cls(
             backend,
@@ -89,13 +89,21 @@ class Tokenizer:
     @cached_property
     def vocab_size(self) -> int:
         """One more than the highest id, added tokens included."""
-        return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        with library_errors("the tokenizer has no vocabulary"):
+            return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     @cached_property
     def fingerprint(self) -> str:
         """A sha256 of everything that decides which ids a prompt becomes, and when one ends."""
         rest = [self.chat_template, self.bos_token, self.eos_token, self.eos_token_ids]
-        return hashlib.sha256(f"{self._backend.to_str()}{json.dumps(rest)}".encode()).hexdigest()
+        with library_errors("the tokenizer cannot be written"):
+            text = f"{self._backend.to_str()}{json.dumps(rest)}"
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @cached_property
+    def longest_token(self) -> int | None:
+        """The most bytes of a text that one token can stand for; None where that is not known."""
+        return longest_token(self._backend)
 
     @cached_property
     def _cuts(self) -> Cuts | None:
@@ -112,7 +120,7 @@ class Tokenizer:
                 template brings its own, and would get them twice.
 
         Raises:
-            UnicodeEncodeError: a text has a lone surrogate, which no encoding has bytes for.
+            ModelError: the tokenizer fails on a text, as on a lone surrogate.
         """
         shared = None if self._cuts is None else segment(texts, self._cuts)
         if shared is None:
@@ -125,12 +133,13 @@ class Tokenizer:
         values: list[TokenIds] = []
         lengths: list[TokenIds] = []
         for batch in _batches(texts):
-            encodings = self._backend.encode_batch_fast(
-                batch, add_special_tokens=add_special_tokens
-            )
-            counts = np.fromiter(map(len, encodings), np.int32, len(encodings))
-            ids = chain.from_iterable(encoding.ids for encoding in encodings)
-            values.append(np.fromiter(ids, np.int32, int(counts.sum(dtype=np.int64))))
+            with library_errors("the tokenizer fails on a text"):
+                encodings = self._backend.encode_batch_fast(
+                    batch, add_special_tokens=add_special_tokens
+                )
+                counts = np.fromiter(map(len, encodings), np.int32, len(encodings))
+                ids = chain.from_iterable(encoding.ids for encoding in encodings)
+                values.append(np.fromiter(ids, np.int32, int(counts.sum(dtype=np.int64))))
             lengths.append(counts)
         offsets = np.zeros(len(texts) + 1, dtype=np.int64)
         if not values:
@@ -139,23 +148,43 @@ class Tokenizer:
         return RaggedTokens(np.concatenate(values), offsets)
 
     def decode_batch(self, sequences: Sequence[TokenIds]) -> list[str]:
-        """Turn token ids back into text, special tokens left out."""
+        """Turn token ids back into text, special tokens left out.
+
+        Raises:
+            ModelError: the tokenizer fails on them.
+        """
         ids = [sequence.tolist() for sequence in sequences]
-        return self._backend.decode_batch(ids, skip_special_tokens=True)
+        with library_errors("the tokenizer cannot decode an answer"):
+            return self._backend.decode_batch(ids, skip_special_tokens=True)
+
+
+@contextmanager
+def library_errors(what: str) -> Iterator[None]:
+    """Make a ModelError that says `what` of all that the tokenizers library can raise.
+
+    That is bare `Exception`s, and where its Rust code panics, one that is no `Exception` at all.
+    """
+    try:
+        yield
+    except (ModelError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise ModelError(f"{what}: {first_line(error)}") from None
 
 
 def add_bos_and_eos(
     backend: tokenizers.Tokenizer, bos_token: str | None, eos_token: str | None
 ) -> None:
     """Make `add_special_tokens` put these around every text (None: nothing there)."""
-    around = {token: backend.token_to_id(token) for token in (bos_token, eos_token) if token}
-    for token, token_id in around.items():
-        if token_id is None:
-            raise ModelError(f"the tokenizer adds {token!r}, which is not in its vocabulary")
-    backend.post_processor = processors.TemplateProcessing(
-        single=[token for token in (bos_token, "$A", eos_token) if token],
-        special_tokens=list(around.items()),
-    )
+    with library_errors("the tokenizer cannot put its special tokens around a text"):
+        around = {token: backend.token_to_id(token) for token in (bos_token, eos_token) if token}
+        for token, token_id in around.items():
+            if token_id is None:
+                raise ModelError(f"the tokenizer adds {token!r}, which is not in its vocabulary")
+        backend.post_processor = processors.TemplateProcessing(
+            single=[token for token in (bos_token, "$A", eos_token) if token],
+            special_tokens=list(around.items()),
+        )
 
 
 def read_json(path: Path, *, required: bool = True) -> dict[str, Any]:
@@ -170,7 +199,7 @@ def read_json(path: Path, *, required: bool = True) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path}: cannot be read: {first_line(error)}") from None
     if not isinstance(value, dict):
         raise ModelError(f"{path}: not a JSON object")
@@ -212,6 +241,6 @@ def _read_chat_template(directory: Path, config: dict[str, Any]) -> str | None:
     return template
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """An error in one line, for a message to the user."""
     return next(iter(str(error).splitlines()), type(error).__name__)
