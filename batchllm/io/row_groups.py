@@ -79,9 +79,13 @@ class ParquetReader:
         """
         names = self.footer.schema.names
         read = names if columns is None else [name for name in names if name in set(columns)]
-        size = _batch_rows(self._file.metadata.row_group(group), read)
-        batches = self._file.iter_batches(size, [group], read)
         at, end = first_row, first_row + self.footer.group_rows[group]
+        try:
+            # A row first: where columns' metadata is damaged, a read says so, and a look kills.
+            next(self._file.iter_batches(1, [group], read), None)
+            batches = self._file.iter_batches(self._batch_rows(group, read), [group], read)
+        except READ_ERRORS as error:
+            raise damaged(self.path, RowRange(at, end), one_line_reason(error)) from error
         while at < end:
             try:
                 batch = next(batches)
@@ -95,6 +99,19 @@ class ParquetReader:
 
     def close(self) -> None:
         self._source.close()
+
+    def _batch_rows(self, group: int, names: Sequence[str]) -> int:
+        """How many rows are a batch; only columns that have been read from are looked at."""
+        metadata = self._file.metadata.row_group(group)
+        paths = [self._file.schema.column(i).path for i in range(metadata.num_columns)]
+        num_bytes = sum(
+            int(metadata.column(i).total_uncompressed_size)
+            for i, path in enumerate(paths)
+            if any(f"{path}.".startswith(f"{name}.") for name in names)
+        )
+        # Dictionary-encoded text decodes to far more than its encoded size, hence also a row limit.
+        row_bytes = max(1, num_bytes // max(1, int(metadata.num_rows)))
+        return max(1, min(_MAX_BATCH_ROWS, _TARGET_BATCH_BYTES // row_bytes))
 
     def _read_footer(self) -> Footer:
         schema, metadata = self._file.schema_arrow, self._file.metadata
@@ -111,18 +128,6 @@ class ParquetReader:
 def damaged(path: Path, rows: RowRange, reason: str) -> InputError:
     """The error for rows of a file (in whole-dataset numbers) that cannot be decoded."""
     return InputError(f"{path}: {rows} cannot be read: {reason}")
-
-
-def _batch_rows(group: pq.RowGroupMetaData, names: Sequence[str]) -> int:
-    chunks = [group.column(i) for i in range(group.num_columns)]
-    num_bytes = sum(
-        int(chunk.total_uncompressed_size)
-        for chunk in chunks
-        if any(f"{chunk.path_in_schema}.".startswith(f"{name}.") for name in names)
-    )
-    # Dictionary-encoded text decodes to far more than its encoded size, hence also a row limit.
-    row_bytes = max(1, num_bytes // max(1, int(group.num_rows)))
-    return max(1, min(_MAX_BATCH_ROWS, _TARGET_BATCH_BYTES // row_bytes))
 
 
 def _unreadable(path: Path, error: BaseException) -> InputError:

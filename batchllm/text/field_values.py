@@ -14,7 +14,7 @@ _PUNCTUATION = len(": , ")
 
 def printed_values(column: pa.ChunkedArray) -> pa.Array:
     """A column's values as text, equal where they print alike; large strings, without nulls."""
-    if pa.types.is_dictionary(column.type):
+    if pa.types.is_dictionary(column.type) and _is_decoded(column.type.value_type):
         column = pc.cast(column, column.type.value_type)
     if is_text(column.type) or is_integer(column.type):
         texts = pc.cast(column, pa.large_string())
@@ -36,6 +36,12 @@ def as_json_field(name: str, values: pa.Array, kind: pa.DataType) -> Field:
     field = as_field(name, values)
     around = len(json.dumps(name)) + _PUNCTUATION + (2 if is_text(kind) else 0)
     return Field(name, field.codes, field.lengths + around)
+
+
+def _is_decoded(kind: pa.DataType) -> bool:
+    """Whether Arrow can make such values of a dictionary; it cannot of views."""
+    plain = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    return plain or is_integer(kind)
 
 
 def _integers(array: pa.Array) -> Ints:

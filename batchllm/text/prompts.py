@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from batchllm.errors import ModelError, UsageError
+from batchllm.errors import ModelError, UsageError, one_line
 from batchllm.request import RaggedTokens, Request, RowError, SamplingParams
 from batchllm.text import columns, ragged
 from batchllm.text.chat import ChatTemplate
@@ -305,8 +305,7 @@ class _RowProblemError(Exception):
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
         # A template's own words can be long, and hold the row's text.
-        line = " ".join(message.split())
-        self.error = RowError(code, line if len(line) <= 300 else f"{line[:300]}…")
+        self.error = RowError(code, one_line(" ".join(message.split()), 300))
 
 
 def _chat_template(spec: PromptSpec, tokenizer: Tokenizer) -> ChatTemplate | None:

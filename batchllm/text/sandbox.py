@@ -12,20 +12,23 @@ printed or compared later has been paid for, or is part of the row.
 """
 
 from collections.abc import Callable, ItemsView, Iterator, KeysView, ValuesView
+from contextlib import contextmanager
 from types import BuiltinMethodType
 from typing import Any
 
 import jinja2
-from jinja2 import nodes, pass_context
+from jinja2 import meta, nodes, pass_context
 from jinja2.runtime import Context, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace, _PassArg
 
+from batchllm.errors import one_line
 from batchllm.text import sandbox_prices as prices
 from batchllm.text.sandbox_meter import ADD, CHARGE, CONCAT, MADE, METHOD, METHODS, READ, Meter
 from batchllm.text.sandbox_work import MAX_WORK, Budget, deep, shallow
 
 MAX_NODES = 20_000
+_REASON_CHARS = 300
 _DICT_ATTRIBUTES = frozenset(dir(dict))
 _NO_ITERATORS = {str, int, bool, float, type(None), list, dict, tuple}
 _ITERATORS = (Iterator, KeysView, ValuesView, ItemsView)
@@ -73,16 +76,13 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         Raises:
             ValueError: it is not valid, or too large; the message says why, in a line.
         """
-        try:
+        with _compiling():
             return self.from_string(source)
-        except jinja2.TemplateSyntaxError as error:
-            reason = f"{error.message} (line {error.lineno})"
-        except RecursionError:
-            reason = "it is nested too deeply"
-        except Exception as error:  # Python can refuse to compile it in many ways
-            reason = str(error) or type(error).__name__
-        line = " ".join(reason.split())
-        raise ValueError(line if len(line) <= 300 else f"{line[:300]}…")
+
+    def undeclared(self, source: str) -> set[str]:
+        """The names that a template reads and does not set; raises what `compiled` does."""
+        with _compiling():
+            return meta.find_undeclared_variables(self.parse(source))
 
     def limit_filter(self, name: str, function: Callable[..., Any]) -> None:
         """Make `function` the filter of this name, paid for by what it is given."""
@@ -147,6 +147,20 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         return super()._generate(source, name, filename, defer_init)
 
 
+@contextmanager
+def _compiling() -> Iterator[None]:
+    try:
+        yield
+        return
+    except jinja2.TemplateSyntaxError as error:
+        reason = f"{error.message} (line {error.lineno})"
+    except RecursionError:
+        reason = "it is nested too deeply"
+    except Exception as error:  # Jinja works constants out, and Python refuses, in many ways
+        reason = str(error) or type(error).__name__
+    raise ValueError(one_line(" ".join(reason.split()), _REASON_CHARS))
+
+
 def render(template: jinja2.Template, variables: dict[str, Any]) -> str:
     """Render within a budget.
 
@@ -165,8 +179,8 @@ def render(template: jinja2.Template, variables: dict[str, Any]) -> str:
             pieces.append(piece)
         return "".join(pieces)
     except Exception as error:  # a template can fail in any way that Python can
-        line = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(line if len(line) <= 300 else f"{line[:300]}…") from None
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(one_line(reason, _REASON_CHARS)) from None
 
 
 class _Namespace(Namespace):

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import jinja2
-from jinja2 import meta, nodes
+from jinja2 import nodes
 
 from batchllm.errors import UsageError
 from batchllm.text.chat import to_json
@@ -39,6 +39,7 @@ class RowTemplate:
         _refuse_single_braces(source)
         try:
             self._template = _ENVIRONMENT.compiled(source)
+            undeclared = _ENVIRONMENT.undeclared(source)
         except ValueError as error:
             raise UsageError(f"the template is not valid Jinja: {error}") from None
         tree = _ENVIRONMENT.parse(source)
@@ -47,8 +48,7 @@ class RowTemplate:
         before = _names_before_object(tree)
         keys = _row_keys(tree, len(self._objects))
         places = {name: place for place, name in enumerate(_names_in_order(tree))}
-        # Last, as it simplifies the tree: tuples become constants.
-        names = (meta.find_undeclared_variables(tree) - {_ROW}) | keys
+        names = (undeclared - {_ROW}) | keys
         self.columns = tuple(sorted(names, key=lambda name: (places.get(name, len(places)), name)))
         self.columns_before_object = tuple(name for name in before if name in names)
 

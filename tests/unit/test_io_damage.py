@@ -146,3 +146,24 @@ def test_a_file_without_read_permission_says_so(path, monkeypatch):
 
     monkeypatch.setattr(pa, "OSFile", denied)
     assert fails(path).endswith("cannot be read: Permission denied")
+
+
+def test_columns_metadata_is_looked_at_only_after_a_read(path, monkeypatch):
+    """Damage in it makes a read fail, but Arrow end the process where it is looked at."""
+
+    def fails_to_read(*arguments):
+        raise pa.ArrowInvalid("Definition level histogram size mismatch")
+        yield
+
+    def looked_at(*arguments):
+        raise AssertionError("looked at before it was read")
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", fails_to_read)
+    monkeypatch.setattr("batchllm.io.row_groups.ParquetReader._batch_rows", looked_at)
+    assert "rows 0 to 99 cannot be read: Definition level" in fails(path)
+
+
+def test_a_nested_name_that_is_not_utf_8_is_no_crash(path):
+    pq.write_table(pa.table({"s": [{"inner": 1}]}), path, store_schema=False)
+    path.write_bytes(path.read_bytes().replace(b"inner", b"inn\xffr"))
+    fails(path)

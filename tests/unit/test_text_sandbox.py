@@ -129,6 +129,7 @@ def test_long_rows_are_no_excess():
         "{{ 'a' | nofilter }}",
         "{% extends messages %}{% extends messages %}",
         "{{ 1 }",
+        "{{ (1)[(1, 2)] }}",
         "\0{{ '\ud800' }}",
     ],
 )
