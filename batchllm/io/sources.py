@@ -49,7 +49,7 @@ def find_files(source: str | Path) -> list[SourceFile]:
     """
     try:
         files = _list_files(Path(source))
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: no file can have such a name
         raise InputError(f"{source}: cannot be read: {one_line_reason(error)}") from error
     return sorted(files, key=lambda file: file.name)
 
@@ -129,6 +129,9 @@ def check_paths(source: str | Path, output: str | Path) -> None:
         UsageError: the two overlap.
         InputError: INPUT cannot be looked at.
     """
+    for role, path in (("INPUT", source), ("OUTPUT", output)):
+        if "\0" in str(path) or not _encodable(path):
+            raise UsageError(f"{role} {str(path)!r} cannot be a file's name")
     try:
         overlap = _overlap(Path(source), Path(os.path.realpath(output)))
     except OSError as error:
@@ -137,6 +140,14 @@ def check_paths(source: str | Path, output: str | Path) -> None:
         raise UsageError(
             f"OUTPUT {output} and INPUT {source} overlap; choose an output outside the input"
         )
+
+
+def _encodable(path: str | Path) -> bool:
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _overlap(source: Path, target: Path) -> bool:

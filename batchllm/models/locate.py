@@ -52,9 +52,12 @@ def resolve(
     """
     name = DEFAULT_MODEL if name is None else name
     cache_dir = default_cache_dir() if cache_dir is None else cache_dir
-    path = Path(name).expanduser()
-    if path.exists():
-        return path
+    try:
+        path = Path(name).expanduser()
+        if path.exists():
+            return path
+    except (OSError, RuntimeError, ValueError):  # no file can have such a name, or no such user
+        raise ModelError(f"no model {name!r}: it cannot be a path") from None
     if name in REGISTERED:
         model = REGISTERED[name]
         if found := find_registered(model, cache_dir):

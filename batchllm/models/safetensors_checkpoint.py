@@ -117,7 +117,7 @@ def _weight_files(directory: Path) -> list[Path]:
             raise ModelError(f"{index}: has no weight_map")
         files = [directory / name for name in sorted(set(names.values()))]
         for file in files:
-            if file.parent != directory or not file.is_file():
+            if file.parent != directory or not _is_file(file):
                 raise ModelError(f"{directory}: {file.name}, named in the index, is missing")
         return files
     if any(directory.glob("*.bin")) or any(directory.glob("*.pt")):
@@ -126,6 +126,13 @@ def _weight_files(directory: Path) -> list[Path]:
             "any code; convert them to safetensors"
         )
     raise ModelError(f"{directory}: no weights, model.safetensors is missing")
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # no file can have such a name
+        return False
 
 
 def _read_header(path: Path) -> dict[str, _StoredTensor]:

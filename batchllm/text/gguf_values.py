@@ -47,6 +47,8 @@ def numbers(metadata: Mapping[str, Any], key: str) -> NDArray[Any] | None:
     value = metadata.get(key)
     if value is None or isinstance(value, np.ndarray):
         return value
+    if isinstance(value, list) and not any(isinstance(item, str) for item in value):
+        return np.array(value)
     raise ModelError(f"{key} is {shown(value)}, not a list of numbers")
 
 

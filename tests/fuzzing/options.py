@@ -80,7 +80,7 @@ class Options:
             arguments.append(flag)
             if flag not in _SWITCHES:
                 arguments.append(rng.choice([*NUMBERS, *TEXTS, _size(rng), "t", "n", "answer"]))
-        arguments += ["--model", rng.choice(["./none", str(self._scratch / "none.gguf"), "smol"])]
+        arguments += ["--model", rng.choice(["./none", str(self._scratch / "none.gguf"), *TEXTS])]
         result = CliRunner().invoke(app, [str(argument) for argument in arguments])
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception

@@ -13,8 +13,9 @@ TARGETS = {
     "schemas": ("fuzzing.schemas", "Schemas"),
     "options": ("fuzzing.options", "Options"),
 }
+BAD = ("fuzzing.bad", "Bad")  # to test the driver with
 
 
 def make(name, scratch):
-    module, kind = TARGETS[name]
+    module, kind = BAD if name == "bad" else TARGETS[name]
     return getattr(import_module(module), kind)(scratch)
