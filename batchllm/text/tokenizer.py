@@ -21,6 +21,8 @@ from batchllm.text.segments import segment
 # Texts go to the tokenizer in batches of this many or this long: enough to keep every core busy,
 # few enough that its per-token records (about 100 bytes each) stay small.
 _BATCH_TEXTS, _BATCH_CHARS = 4096, 4_000_000
+# Ids that no token has cost the library memory when it writes a tokenizer down.
+_MOST_GAPS = 1_000_000
 
 
 class Tokenizer:
@@ -78,13 +80,20 @@ class Tokenizer:
             with library_errors(f"{path}: not a tokenizer"):
                 eos_id = backend.token_to_id(eos_token)
             eos_token_ids = () if eos_id is None else (eos_id,)
-        return cls(
+        tokenizer = cls(
             backend,
             bos_token=bos_token,
             eos_token=eos_token,
             eos_token_ids=eos_token_ids,
             chat_template=_read_chat_template(directory, config),
         )
+        count = backend.get_vocab_size(with_added_tokens=True)
+        if tokenizer.vocab_size > 2 * count + _MOST_GAPS:
+            raise ModelError(
+                f"{path}: a token has the id {tokenizer.vocab_size - 1:,}, "
+                f"though there are only {count:,} tokens"
+            )
+        return tokenizer
 
     @cached_property
     def vocab_size(self) -> int:

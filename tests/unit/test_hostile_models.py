@@ -205,3 +205,13 @@ def test_the_longest_token_is_known_of_byte_level_vocabularies_only():
     assert longest_token(backend) == len("<|endoftext|>")
     backend.add_tokens([tokenizers.AddedToken("<x>", rstrip=True)])
     assert longest_token(backend) is None
+
+
+def test_a_token_s_id_far_beyond_the_others_is_refused(tmp_path):
+    write_tokenizer(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    tree = json.loads(path.read_text())
+    tree["model"]["vocab"]["hell"] = 2**31 - 1
+    path.write_text(json.dumps(tree))
+    with pytest.raises(ModelError, match="the id 2,147,483,647, though there are only 270 tokens"):
+        Tokenizer.from_directory(tmp_path)
