@@ -11,7 +11,8 @@ is paid for when it is made, with all that is in it and as often as it is in it.
 printed or compared later has been paid for, or is part of the row.
 """
 
-from collections.abc import Callable, ItemsView, Iterator, KeysView, ValuesView
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import BuiltinMethodType
 from typing import Any
@@ -25,13 +26,13 @@ from jinja2.utils import Namespace, _PassArg
 from batchllm.errors import one_line
 from batchllm.text import sandbox_prices as prices
 from batchllm.text.sandbox_meter import ADD, CHARGE, CONCAT, MADE, METHOD, METHODS, READ, Meter
-from batchllm.text.sandbox_work import MAX_WORK, Budget, deep, shallow
+from batchllm.text.sandbox_work import DICT_VIEWS, MAX_WORK, Budget, deep, shallow
 
 MAX_NODES = 20_000
 _REASON_CHARS = 300
 _DICT_ATTRIBUTES = frozenset(dir(dict))
 _NO_ITERATORS = {str, int, bool, float, type(None), list, dict, tuple}
-_ITERATORS = (Iterator, KeysView, ValuesView, ItemsView)
+_ITERATORS = (Iterator, *DICT_VIEWS)
 _COMPARING_TESTS = {
     *("in", "eq", "equalto", "==", "ne", "!=", "lt", "lessthan", "<", "le", "<=", "gt"),
     *("greaterthan", ">", "ge", ">="),
@@ -150,7 +151,9 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
 @contextmanager
 def _compiling() -> Iterator[None]:
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Python's, on the code that Jinja makes of a template
+            yield
         return
     except jinja2.TemplateSyntaxError as error:
         reason = f"{error.message} (line {error.lineno})"

@@ -1,6 +1,5 @@
 """How much work a template's values are, counted in units of an item or 16 characters."""
 
-from collections.abc import ItemsView, KeysView, ValuesView
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +7,8 @@ from jinja2.exceptions import SecurityError
 
 MAX_WORK = 2_000_000
 _ATOMS = {bool, float, type(None)}
-_CONTAINERS = (list, tuple, set, frozenset, KeysView, ValuesView, ItemsView)
+DICT_VIEWS: tuple[type, ...] = (type({}.keys()), type({}.values()), type({}.items()))
+_CONTAINERS = (list, tuple, set, frozenset, *DICT_VIEWS)
 
 
 @dataclass(slots=True)
@@ -66,6 +66,8 @@ def deep(value: Any, budget: Budget) -> Extent:  # noqa: ANN401
             kind = type(item)
             if kind is str:
                 units += 1 + (len(item) >> 4)
+            elif kind is int:
+                units += 1 + (item.bit_length() >> 6)
             elif kind in _ATOMS:
                 units += 1
             elif isinstance(item, dict):

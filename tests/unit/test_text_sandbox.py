@@ -217,3 +217,8 @@ def test_what_the_limits_leave_as_it_was():
 def test_a_row_s_template_that_is_no_jinja_is_wrong_usage():
     with pytest.raises(UsageError, match=r"not valid Jinja: .*nested too deeply"):
         RowTemplate("{{ " + "(" * 100_000 + " }}")
+
+
+def test_a_template_that_python_would_warn_of_compiles_in_silence(recwarn):
+    assert RowTemplate("{{ (1)(2) }}{{ (1)[n] }}{{ true[::-1] }}").columns == ("n",)
+    assert not recwarn
