@@ -7,7 +7,7 @@ from jinja2.exceptions import SecurityError
 
 MAX_WORK = 2_000_000
 _ATOMS = {bool, float, type(None)}
-DICT_VIEWS: tuple[type, ...] = (type({}.keys()), type({}.values()), type({}.items()))
+DICT_VIEWS: tuple[Any, ...] = (type({}.keys()), type({}.values()), type({}.items()))
 _CONTAINERS = (list, tuple, set, frozenset, *DICT_VIEWS)
 
 
