@@ -150,3 +150,12 @@ def test_an_output_that_the_input_reaches_is_refused(tree, source, output, absol
 def test_an_output_apart_from_the_input_is_fine(tree, source, output):
     check_paths(source, output)
     check_paths(tree / source, tree / output)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\ud800"])
+def test_names_that_no_file_can_have(tmp_path, name):
+    for source, output in ((name, "out"), (str(tmp_path), name)):
+        with pytest.raises(UsageError, match="cannot be a file's name"):
+            check_paths(source, output)
+    with pytest.raises(InputError):
+        find_files(name)
