@@ -40,11 +40,9 @@ _COMPARING_TESTS = {
 
 
 class _LimitedContext(Context):
-    """A render's variables, and what work it has left."""
+    """A render's variables, and what work it has left; `render` and `derived` set that."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.budget = Budget(MAX_WORK)
+    budget: Budget
 
     def derived(self, locals: dict[str, Any] | None = None) -> Context:  # noqa: A002
         context = super().derived(locals)
@@ -173,7 +171,7 @@ def render(template: jinja2.Template, variables: dict[str, Any]) -> str:
     try:
         context = template.new_context(variables)
         assert isinstance(context, _LimitedContext)
-        budget = context.budget
+        budget = context.budget = Budget(MAX_WORK)
         pieces = []
         for piece in template.root_render_func(context):
             budget.left -= len(piece) >> 4
@@ -217,13 +215,11 @@ def _made(context: _LimitedContext, value: Any) -> Any:  # noqa: ANN401
 
 @pass_context
 def _add(context: _LimitedContext, *parts: Any) -> Any:  # noqa: ANN401
-    size = 0
     for part in parts:
         if type(part) is not str:
             break
-        size += len(part)
     else:
-        context.budget.spend(1 + (size >> 4))
+        context.budget.spend(1 + (sum(map(len, parts)) >> 4))
         return "".join(parts)
     total = parts[0]
     for part in parts[1:]:
@@ -267,6 +263,9 @@ def _limited(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         budget = context.budget
         if is_plain and not args and not kwargs:
             result = function(value)
+            if type(result) is str:
+                budget.spend(1 + (len(result) >> 4))
+                return result
         else:
             value = _listed(budget, value)
             args = tuple([_listed(budget, argument) for argument in args])
