@@ -32,7 +32,9 @@ def _record(name: str, tally: driver.Tally) -> None:
         ]
     )
     page = PAGE.read_text()
-    changed = re.sub(rf"^\| {name} \|.*$", f"| {name} | {counts} |", page, flags=re.MULTILINE)
+    # Its first row: what was found in it comes further down.
+    row = re.compile(rf"^\| {name} \|.*$", re.MULTILINE)
+    changed = row.sub(f"| {name} | {counts} |", page, count=1)
     PAGE.write_text(changed)
 
 
