@@ -14,8 +14,7 @@ from batchllm.engine import Engine
 from batchllm.errors import UsageError
 from batchllm.io.answers import AnswerColumns
 from batchllm.metrics import Metrics
-from batchllm.models.checkpoint import Checkpoint, open_checkpoint
-from batchllm.models.locate import resolve
+from batchllm.models.checkpoint import Checkpoint, open_model
 from batchllm.prefix.plan import PrefixPlan, plan_requests, reorder
 from batchllm.prefix.policies.registry import AUTO, STREAMING, check_policy
 from batchllm.prefix.policies.sample import sample_first
@@ -67,7 +66,7 @@ class LLM:
         self.config = config or EngineConfig.from_options(**options)
         check_policy(self.config.policy)
         if isinstance(model, str | Path | None):
-            model = open_checkpoint(resolve(None if model is None else str(model)))
+            model = open_model(None if model is None else str(model))
         self.checkpoint = model
         self.max_model_len = choose_max_model_len(model, self.config)
         self.tokenizer = model.tokenizer()

@@ -15,6 +15,7 @@ from batchllm.prefix.plan import PrefixPlan, plan_tokens
 from batchllm.request import RaggedTokens, SamplingParams, TokenIds
 from batchllm.runner.measure import gemm_rates, read_bandwidth
 from batchllm.runner.timed import OTHER, PARTS, SCHEDULER, Clock
+from batchllm.runner.torch_runner import TorchRunner
 from batchllm.scheduler.batch import Batch, StepOutput
 from batchllm.simulate.bound import bound
 from batchllm.simulate.calibrate import MeasuredStep, calibrate
@@ -131,6 +132,7 @@ class Bench:
     def calibrate(self, notify: Callable[[str], None] = lambda _: None) -> Machine:
         """Measure products and memory, run the calibration workloads, and fit."""
         llm = self._llm
+        assert isinstance(llm.runner, TorchRunner), "fake takes no clock"
         notify("measuring matrix products and memory")
         start = replace(
             this_machine(),

@@ -304,6 +304,7 @@ def models(context: typer.Context) -> None:
             where = "not pulled yet" if known.path is None else str(known.path)
             default = " (default)" if known.is_default else ""
             typer.echo(f"{known.name}{default}: {where}")
+        typer.echo("fake: no model; answers are noise, at no cost, for trying out a job")
 
 
 @models_app.command()

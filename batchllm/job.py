@@ -20,8 +20,7 @@ from batchllm.io.output import OutputStore
 from batchllm.io.parquet import ParquetInput
 from batchllm.io.sources import check_paths
 from batchllm.metrics import Metrics
-from batchllm.models.checkpoint import Checkpoint, open_checkpoint
-from batchllm.models.locate import resolve
+from batchllm.models.checkpoint import Checkpoint, open_model
 from batchllm.progress import Progress
 from batchllm.prompt_worker import PromptWorker, prompts_ahead
 from batchllm.prompting import choose_max_model_len, prompt_builder
@@ -88,7 +87,7 @@ def run_job(config: JobConfig) -> JobResult:
     source = ParquetInput(config.input)
     config.prompt.check(source.schema)
     columns = AnswerColumns.choose(source.schema, config.output_column)
-    checkpoint = open_checkpoint(resolve(config.model, notify=notify))
+    checkpoint = open_model(config.model, notify=notify)
     prompt_builder(checkpoint, config.engine, config.prompt)  # refuses what it cannot make
     num_rows = min(source.num_rows, config.limit or source.num_rows)
     identity = job_identity(config, source, checkpoint, num_rows)

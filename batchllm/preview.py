@@ -11,8 +11,7 @@ import numpy as np
 from batchllm.cache.memory import default_kv_memory, free_memory
 from batchllm.errors import UsageError
 from batchllm.io.parquet import ParquetInput
-from batchllm.models.checkpoint import open_checkpoint
-from batchllm.models.locate import resolve
+from batchllm.models.checkpoint import open_model
 from batchllm.report.plan import HEAD_ROWS, PlanReport, report_plan
 from batchllm.report.simulation import SimulationReport, TableSimulation
 from batchllm.simulate.machine import get_machine
@@ -78,7 +77,7 @@ def preview(config: PreviewConfig) -> Preview:
     """
     source = ParquetInput(config.input)
     config.prompt.check(source.schema)
-    checkpoint = open_checkpoint(resolve(config.model))
+    checkpoint = open_model(config.model)
     tokenizer = checkpoint.tokenizer()
     num_rows = min(source.num_rows, config.limit or source.num_rows)
     wanted = np.ones(num_rows, dtype=np.bool_)

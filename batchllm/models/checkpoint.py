@@ -1,12 +1,14 @@
 """A model on disk, whatever its format: config and tokenizer at once, weights one at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from batchllm.errors import ModelError
 from batchllm.models.config import ModelConfig
+from batchllm.models.fake_checkpoint import FAKE_MODEL, FakeCheckpoint
 from batchllm.models.gguf_checkpoint import GGUFCheckpoint
+from batchllm.models.locate import resolve
 from batchllm.models.safetensors_checkpoint import SafetensorsCheckpoint
 from batchllm.text.tokenizer import Tokenizer
 
@@ -36,6 +38,19 @@ class Checkpoint(Protocol):
 
     def identity(self) -> dict[str, str]:
         """What tells this model from another, cheaply and wherever it lies."""
+
+
+def open_model(
+    name: str | None = None, *, notify: Callable[[str], None] = lambda _: None
+) -> Checkpoint:
+    """Open what a user calls a model, fetching it if need be (see `resolve`); or `fake`.
+
+    Raises:
+        ModelError: no such model, or it cannot be had or run; one line that says what to do.
+    """
+    if name == FAKE_MODEL and not Path(name).exists():
+        return FakeCheckpoint()
+    return open_checkpoint(resolve(name, notify=notify))
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

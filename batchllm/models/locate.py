@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from batchllm.errors import ModelError
+from batchllm.models.fake_checkpoint import FAKE_MODEL
 from batchllm.models.registered import (
     DEFAULT_MODEL,
     REGISTERED,
@@ -69,10 +70,11 @@ def resolve(
     if _HUB_ID.fullmatch(name):
         notify(f"looking for model {name} on the Hugging Face hub")
         return _from_hub(name)
-    near = difflib.get_close_matches(name, REGISTERED, 1)
+    names = [*REGISTERED, FAKE_MODEL]
+    near = difflib.get_close_matches(name, names, 1)
     raise ModelError(
         f"no model {name!r}: it is neither a path nor a hub id (owner/name); "
-        + (f"did you mean {near[0]!r}?" if near else f"known names: {', '.join(REGISTERED)}")
+        + (f"did you mean {near[0]!r}?" if near else f"known names: {', '.join(names)}")
     )
 
 

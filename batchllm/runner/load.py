@@ -8,11 +8,15 @@ from batchllm.attention.backend import AttentionBackend, make_backend, why_not_n
 from batchllm.attention.native import NativeBackend
 from batchllm.cache.memory import free_memory, num_kv_blocks
 from batchllm.config import EngineConfig
+from batchllm.errors import UsageError
 from batchllm.models.checkpoint import Checkpoint
+from batchllm.models.config import ModelConfig
+from batchllm.models.fake_checkpoint import FAKE_MODEL, FakeCheckpoint
 from batchllm.models.native_operations import NativeOperations
 from batchllm.models.operations import Operations, TorchOperations
 from batchllm.models.registry import make_model
 from batchllm.runner.dtype import choose_dtype
+from batchllm.runner.hash_runner import HashRunner
 from batchllm.runner.kv_cache import KVCache, kv_bytes_per_token
 from batchllm.runner.smooth import smooth, smoothing_text
 from batchllm.runner.threads import Threads, available_cpus, choose_threads
@@ -28,7 +32,7 @@ class LoadedRunner:
     the user's choice.
     """
 
-    runner: TorchRunner
+    runner: TorchRunner | HashRunner
     num_blocks: int
     dtype: str
     threads: Threads
@@ -50,6 +54,10 @@ def load_runner(
         config.threads, available_cpus(), openmp_threads=torch.get_num_threads()
     )
     torch.set_num_threads(threads.count)
+    if isinstance(checkpoint, FakeCheckpoint):
+        if clock is not None:
+            raise UsageError(f"model {FAKE_MODEL!r} has nothing to measure")
+        return _load_fake(checkpoint, config, max_model_len, threads)
     shape = checkpoint.config
     name = choose_dtype(config, shape.dtype)
     dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
@@ -70,13 +78,7 @@ def load_runner(
         text = checkpoint.tokenizer().encode_batch([smoothing_text()], add_special_tokens=True)
         smooth(model, backend, text.values[:max_model_len], config.block_size)
     model.pack(config.quantization)
-    block_bytes = config.block_size * kv_bytes_per_token(
-        shape.num_layers, shape.num_kv_heads, shape.head_dim, dtype
-    )
-    num_blocks = num_kv_blocks(config.kv_memory, block_bytes, free_memory())
-    # More than every sequence at its longest can never be used.
-    most = config.max_num_seqs * -(-max_model_len // config.block_size)
-    num_blocks = min(num_blocks, most)
+    num_blocks = _num_blocks(shape, config, max_model_len, dtype)
     cache = KVCache(
         num_layers=shape.num_layers,
         num_blocks=num_blocks,
@@ -87,3 +89,25 @@ def load_runner(
     )
     runner = TorchRunner(model, cache, backend, operations, config.block_size)
     return LoadedRunner(runner, num_blocks, name, threads, backend.name, slower)
+
+
+def _num_blocks(
+    shape: ModelConfig, config: EngineConfig, max_model_len: int, dtype: torch.dtype
+) -> int:
+    block_bytes = config.block_size * kv_bytes_per_token(
+        shape.num_layers, shape.num_kv_heads, shape.head_dim, dtype
+    )
+    num_blocks = num_kv_blocks(config.kv_memory, block_bytes, free_memory())
+    # More than every sequence at its longest can never be used.
+    most = config.max_num_seqs * -(-max_model_len // config.block_size)
+    return min(num_blocks, most)
+
+
+def _load_fake(
+    checkpoint: FakeCheckpoint, config: EngineConfig, max_model_len: int, threads: Threads
+) -> LoadedRunner:
+    """The runner of `fake`, with as much KV as a model of its sizes would have."""
+    shape = checkpoint.config
+    num_blocks = _num_blocks(shape, config, max_model_len, torch.float32)
+    runner = HashRunner(num_blocks, config.block_size, max_model_len, checkpoint.answer_token_ids)
+    return LoadedRunner(runner, num_blocks, shape.dtype, threads, "none", None)
