@@ -78,12 +78,10 @@ class HashRunner:
         table[readers], last[readers] = len(chunks) + read, shared.length[read] - 1
         assert ((last >= 0) | (chunks.start == 0)).all(), "a chunk goes on from nowhere"
         blocks = batch.tables[table, np.maximum(last, 0) // self._block_size].astype(np.int64)
-        slots: Ints = blocks * self._block_size + last % self._block_size
-        slots[last < 0] = -1
-        return slots
+        return np.where(last < 0, -1, blocks * self._block_size + last % self._block_size)
 
 
 def _spans(begin: Ints, count: Ints) -> Ints:
     """The numbers `begin[i]` to `begin[i] + count[i]`, one span behind the other."""
-    ends = count.cumsum()
-    return (begin - (ends - count)).repeat(count) + np.arange(int(count.sum()))
+    first = begin - (np.cumsum(count) - count)
+    return np.repeat(first, count) + np.arange(int(count.sum()))
