@@ -57,6 +57,46 @@ def atomic_write(target: Path, temporary: Path) -> Iterator[IO[bytes]]:
     fsync_dir(target.parent)
 
 
+class AppendFile:
+    """A file that is appended to, a record at a time, and made where there is none.
+
+    Raises:
+        OSError: from any method; a record that could not be written whole is taken back.
+    """
+
+    def __init__(self, path: Path, num_bytes: int) -> None:
+        """Go on after the first `num_bytes`, which are what is valid of it."""
+        self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._length = num_bytes
+        os.ftruncate(self._handle, num_bytes)
+
+    def append(self, record: bytes, *, sync: bool) -> None:
+        """Write a record behind the others; with `sync` all of them are on disk afterwards."""
+        at, end = self._length, self._length + len(record)
+        try:
+            # At an offset of our own, so that half a record of a failed try is written over: with
+            # anything behind it, it would make the whole file unreadable.
+            while at < end:
+                at += os.pwrite(self._handle, record[at - end :], at)
+            if sync:
+                os.fsync(self._handle)
+        except OSError:
+            with suppress(OSError):
+                os.ftruncate(self._handle, self._length)
+            raise
+        self._length = end
+
+    def clear(self) -> None:
+        """Make it empty."""
+        os.ftruncate(self._handle, 0)
+        self._length = 0
+
+    def close(self) -> None:
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
+
+
 class OutputLock:
     """An advisory lock on a file, held until `release` or until the process dies.
 

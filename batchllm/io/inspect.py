@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from batchllm.errors import OutputError
 from batchllm.io.durable import one_line_reason
+from batchllm.io.journal import journaled_rows
 from batchllm.io.layout import OutputLayout
 from batchllm.io.manifest import AnswersRecord, read_manifest
 
@@ -16,7 +17,7 @@ class RunRecord:
     """One run as its output tells it.
 
     `summary` is None while unfinished. `answers` are the files of answers that an unfinished run
-    has written.
+    has written; more of its rows may be finished, in its journal.
     """
 
     path: Path
@@ -65,6 +66,7 @@ def _read_run(layout: OutputLayout) -> RunRecord:
         state.job.identity,
         None,
         num_rows,
-        sum(record.num_rows for record in answers),
+        # A process that died as it emptied its journal may have left in it what is on record.
+        min(sum(record.num_rows for record in answers) + journaled_rows(layout.journal), num_rows),
         tuple(answers),
     )

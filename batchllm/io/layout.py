@@ -23,10 +23,16 @@ _ANSWERS_NAME = re.compile(r"answers-\d{6,}\.parquet")
 
 @dataclass(frozen=True, slots=True)
 class FinishedFile:
-    """What a finished single-file output says about itself in its metadata."""
+    """What a finished output says about itself; a single file does so in its metadata."""
 
     job: Job
     summary: Mapping[str, Any]
+    answers_sha256: str
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether there are rows without an answer."""
+        return int(self.summary.get("failed", 0)) > 0
 
     def record(self) -> dict[str, Any]:
         """The `batchllm` entry of the file's metadata."""
@@ -36,6 +42,7 @@ class FinishedFile:
             "num_rows": self.job.num_rows,
             "columns": self.job.columns,
             "summary": self.summary,
+            "answers_sha256": self.answers_sha256,
         }
 
 
@@ -68,6 +75,10 @@ class OutputLayout:
     @property
     def manifest(self) -> Path:
         return self.work / "manifest.jsonl"
+
+    @property
+    def journal(self) -> Path:
+        return self.work / "journal"
 
     @property
     def lock(self) -> Path:
@@ -103,7 +114,7 @@ class OutputLayout:
         if record["version"] != FORMAT_VERSION:
             raise wrong_version(self.shown, record["version"])
         job = Job(record["identity"], record["num_rows"], record["columns"])
-        return FinishedFile(job, record["summary"])
+        return FinishedFile(job, record["summary"], record["answers_sha256"])
 
     def refuse_foreign(self) -> None:
         """Make sure that nothing but our own files is where parts and manifest go.
@@ -153,7 +164,7 @@ class OutputLayout:
         self.summary.unlink(missing_ok=True)
 
     def _is_ours(self, name: str) -> bool:
-        own = {self.lock.name, self.manifest.name, self.summary.name}
+        own = {self.lock.name, self.manifest.name, self.journal.name, self.summary.name}
         return name in own or name.endswith(".tmp") or _is_answers(name, set())
 
 

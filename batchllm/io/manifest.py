@@ -6,19 +6,17 @@ rows it stood for are computed again. Damage anywhere else means that the file c
 """
 
 import json
-import os
 import zlib
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from batchllm.errors import OutputError
-from batchllm.io.durable import atomic_write
+from batchllm.io.durable import AppendFile, atomic_write
 from batchllm.io.identity import describe_differences
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _PREFIX = b'{"crc32":"%08x","data":'
 _PREFIX_LENGTH = len(_PREFIX % 0)
 
@@ -64,22 +62,24 @@ class AnswersRecord:
 
 @dataclass(frozen=True, slots=True)
 class FinishedRecord:
-    """A finished job: its summary and the files that are its output."""
+    """A finished job: its summary, the files that are its output, its answers' `ContentHash`."""
 
     summary: Mapping[str, Any]
     parts: Sequence[FileRecord]
+    answers_sha256: str
 
 
 @dataclass(slots=True)
 class ManifestState:
     """What a manifest says. `finished` is None until the job is.
 
-    `answers` are in the order in which they were written; `num_valid_bytes` is where a torn last
-    line starts.
+    `answers` are in the order in which they were written; `next_number` is how many files of them
+    there have ever been; `num_valid_bytes` is where a torn last line starts.
     """
 
     job: Job
     answers: list[AnswersRecord] = field(default_factory=list)
+    next_number: int = 0
     finished: FinishedRecord | None = None
     num_valid_bytes: int = 0
 
@@ -123,61 +123,59 @@ class Manifest:
     """
 
     def __init__(self, path: Path, num_valid_bytes: int) -> None:
-        self._handle = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-        self._length = num_valid_bytes
-        os.ftruncate(self._handle, num_valid_bytes)
+        self._file = AppendFile(path, num_valid_bytes)
 
     @classmethod
-    def create(cls, path: Path, job: Job) -> "Manifest":
-        """Start a manifest: the file appears with its first line or not at all."""
-        line = _encode(
-            {
-                "type": "job",
-                "version": FORMAT_VERSION,
-                "identity": job.identity,
-                "num_rows": job.num_rows,
-                "columns": job.columns,
-            }
-        )
+    def create(cls, path: Path, job: Job, answers: Sequence[AnswersRecord] = ()) -> "Manifest":
+        """Start a manifest: the file appears with its first lines or not at all."""
+        first = {
+            "type": "job",
+            "version": FORMAT_VERSION,
+            "identity": job.identity,
+            "num_rows": job.num_rows,
+            "columns": job.columns,
+        }
+        lines = b"".join(map(_encode, [first, *map(_answers_line, answers)]))
         with atomic_write(path, path.with_name(path.name + ".tmp")) as file:
-            file.write(line)
-        return cls(path, len(line))
+            file.write(lines)
+        return cls(path, len(lines))
 
-    def append_answers(self, record: AnswersRecord) -> None:
-        self._append(
-            {
-                "type": "answers",
-                "file": record.file.name,
-                "bytes": record.file.num_bytes,
-                "rows": record.num_rows,
-                "failed": record.failed,
-                "counters": record.counters,
-            }
-        )
+    def append_answers(self, record: AnswersRecord, *, replaces: str | None = None) -> None:
+        """Put answers on record, in the place of those of the file `replaces` where given."""
+        line = _answers_line(record)
+        self._append(line if replaces is None else {**line, "replaces": replaces})
 
     def append_finished(self, record: FinishedRecord) -> None:
         parts = [{"file": part.name, "bytes": part.num_bytes} for part in record.parts]
-        self._append({"type": "finished", "summary": record.summary, "parts": parts})
+        self._append(
+            {
+                "type": "finished",
+                "summary": record.summary,
+                "parts": parts,
+                "answers_sha256": record.answers_sha256,
+            }
+        )
+
+    def append_reopened(self, kept: AnswersRecord) -> None:
+        """Make a finished job unfinished, but for the answers that are kept."""
+        self._append({**_answers_line(kept), "type": "reopened"})
 
     def close(self) -> None:
-        if self._handle >= 0:
-            os.close(self._handle)
-            self._handle = -1
+        self._file.close()
 
     def _append(self, data: Mapping[str, Any]) -> None:
-        line = _encode(data)
-        at, end = self._length, self._length + len(line)
-        try:
-            # At an offset of our own, so that half a line of a failed try is written over: with
-            # anything behind it, it would make the whole file unreadable.
-            while at < end:
-                at += os.pwrite(self._handle, line[at - end :], at)
-            os.fsync(self._handle)
-        except OSError:
-            with suppress(OSError):
-                os.ftruncate(self._handle, self._length)
-            raise
-        self._length = end
+        self._file.append(_encode(data), sync=True)
+
+
+def _answers_line(record: AnswersRecord) -> dict[str, Any]:
+    return {
+        "type": "answers",
+        "file": record.file.name,
+        "bytes": record.file.num_bytes,
+        "rows": record.num_rows,
+        "failed": record.failed,
+        "counters": record.counters,
+    }
 
 
 def _encode(data: Mapping[str, Any]) -> bytes:
@@ -199,12 +197,16 @@ def _apply(path: Path, state: ManifestState | None, data: Any) -> ManifestState:
         if data["version"] != FORMAT_VERSION:
             raise wrong_version(path, data["version"])
         return ManifestState(Job(data["identity"], data["num_rows"], data["columns"]))
-    if data["type"] == "answers":
+    if data["type"] in ("answers", "reopened"):
+        if data["type"] == "reopened":
+            state.answers, state.finished = [], None
+        state.answers = [a for a in state.answers if a.file.name != data.get("replaces")]
         file = FileRecord(data["file"], data["bytes"])
         state.answers.append(AnswersRecord(file, data["rows"], data["failed"], data["counters"]))
+        state.next_number += 1
     elif data["type"] == "finished":
         parts = [FileRecord(part["file"], part["bytes"]) for part in data["parts"]]
-        state.finished = FinishedRecord(data["summary"], parts)
+        state.finished = FinishedRecord(data["summary"], parts, data["answers_sha256"])
     else:
         raise ValueError(f"unknown line type {data['type']!r}")
     return state

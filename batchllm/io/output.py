@@ -4,12 +4,13 @@ Answers of some rows are on disk in this order: their file under a temporary nam
 fsync of the directory, and only then its manifest line. So a file without a line may be anything
 and is thrown away, and a line without its file cannot come about by a crash. When every row has an
 answer, input and answers are joined in row order; the memory of that is bounded by a row group.
+Answers that come before their file can be written are kept in a journal.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -20,21 +21,16 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from batchllm.errors import InputError, OutputError
-from batchllm.io.durable import OutputLock, atomic_write, fsync_dir, one_line_reason
+from batchllm.io.begin import BegunOutput, begin, load_complete, numbered_schema, stamp
+from batchllm.io.content import ContentHash
+from batchllm.io.durable import OutputLock, atomic_write, one_line_reason
 from batchllm.io.identity import plain
-from batchllm.io.join import ROW_COLUMN, RowSource, RowStream, join, read_answers
+from batchllm.io.join import RowSource, RowStream, join
 from batchllm.io.layout import FinishedFile, OutputLayout
-from batchllm.io.manifest import (
-    FORMAT_VERSION,
-    AnswersRecord,
-    FileRecord,
-    FinishedRecord,
-    Job,
-    Manifest,
-    read_manifest,
-)
+from batchllm.io.manifest import AnswersRecord, FileRecord, FinishedRecord, Job
 from batchllm.io.parts import part_name, without_record, write_parquet
-from batchllm.io.rows import RowRange
+from batchllm.io.reopen import erase_other
+from batchllm.io.rows import RowRange, Rows
 
 _PART_ROWS = 1_000_000  # of a directory's parts
 
@@ -46,7 +42,6 @@ class OutputStore:
         schema: the output's: the input's columns, then the answers'.
         answer_schema: the answers' columns.
         summary: the summary of a complete output, else None.
-        finished: which rows have their answer on disk, bool [num_rows].
     """
 
     def __init__(
@@ -55,13 +50,9 @@ class OutputStore:
         self.schema = schema
         self.answer_schema = answer_schema
         self.summary: dict[str, Any] | None = None
-        self.finished: NDArray[np.bool_] = np.zeros(job.num_rows, dtype=np.bool_)
         self._layout = layout
         self._job = job
-        self._answers: list[AnswersRecord] = []
-        self._next_number = 0
-        self._lock: OutputLock | None = None
-        self._manifest: Manifest | None = None
+        self._begun: BegunOutput | None = None
 
     @classmethod
     def open(
@@ -72,6 +63,8 @@ class OutputStore:
         identity: Mapping[str, Any],
         *,
         num_rows: int,
+        overwrite: bool = False,
+        retry: str | None = None,
     ) -> "OutputStore":
         """Start the output of a job of `num_rows` rows at `path`, or take it up where it stopped.
 
@@ -85,6 +78,8 @@ class OutputStore:
             answer_schema: the columns that answers add.
             identity: what the job is.
             num_rows: rows of the job.
+            overwrite: first delete an output of ours that is complete, or is another job's.
+            retry: a column of answers; rows that have a value in it are to be answered again.
 
         Raises:
             OutputError: the output belongs to a different job, to another program or to a process
@@ -95,10 +90,17 @@ class OutputStore:
         columns = {column.name: str(column.type) for column in schema}
         store = cls(layout, schema, answer_schema, Job(plain(identity), num_rows, columns))
         try:
-            if store._load_complete():
-                store._tidy_after_crash()
-            else:
-                store._start_or_resume()
+            if overwrite:
+                erase_other(layout, store._job)
+            done = load_complete(layout, store._job)
+            if done is None or (retry is not None and done.has_failed):
+                begun = begin(layout, store._job, answer_schema, retry=retry)
+                if isinstance(begun, BegunOutput):
+                    store._begun = begun
+                    return store
+                done = begun
+            store.summary = dict(done.summary)
+            store._tidy_after_crash()
         except OSError as error:
             raise store._cannot_write(error) from error
         return store
@@ -113,14 +115,50 @@ class OutputStore:
         return self._temporary("spool")
 
     @property
+    def finished(self) -> NDArray[np.bool_]:
+        """Which rows have their answer on disk, [num_rows]; those in the journal have not yet."""
+        if self._begun is not None:
+            return self._begun.finished
+        return np.full(self._job.num_rows, self.is_complete, dtype=np.bool_)
+
+    @property
+    def journaled(self) -> Rows | None:
+        """What an earlier process left in the journal, for `write_answers` to be given."""
+        return None if self._begun is None else self._begun.journaled
+
+    @property
     def counters(self) -> list[dict[str, Any]]:
         """The counters that came with the answers, in the order of writing."""
-        return [dict(record.counters) for record in self._answers]
+        return [] if self._begun is None else [dict(a.counters) for a in self._begun.answers]
+
+    @property
+    def num_failed(self) -> int:
+        """Rows whose answer is an error, of those on disk."""
+        return 0 if self._begun is None else sum(a.failed for a in self._begun.answers)
+
+    def journal(self, rows: NDArray[np.int64], table: pa.Table) -> None:
+        """Keep answers that are to come in a later `write_answers`, should that never be called.
+
+        Args:
+            rows: the rows' numbers, [num_rows of the table].
+            table: their answers.
+
+        Raises:
+            OutputError: they cannot be written; the output is as it was before.
+            ValueError: the output is complete or closed.
+        """
+        begun = self._unfinished()
+        try:
+            for batch in self._numbered(rows, table).combine_chunks().to_batches():
+                begun.journal_is_empty = False
+                begun.journal.append(batch)
+        except (OSError, pa.ArrowException) as error:
+            raise self._cannot_write(error) from error
 
     def write_answers(
         self, rows: NDArray[np.int64], table: pa.Table, counters: Mapping[str, Any]
     ) -> None:
-        """Put the answers of some rows on disk and then on record.
+        """Put the answers of some rows on disk and then on record; the journal is empty then.
 
         Args:
             rows: the rows' numbers, ascending, [num_rows of the table].
@@ -131,22 +169,25 @@ class OutputStore:
             OutputError: it cannot be written; the output is as it was before.
             ValueError: the table is not what was declared for these rows, or they are done already.
         """
-        manifest = self._check_answers(rows, table)
+        begun = self._unfinished()
+        self._check_answers(begun, rows, table)
         counters = plain(counters)
-        path = self._layout.answers_path(self._next_number)
-        record = {"version": FORMAT_VERSION, "identity": self._job.identity}
-        schema = pa.schema([pa.field(ROW_COLUMN, pa.int64()), *self.answer_schema])
-        whole = pa.Table.from_arrays([pa.chunked_array([rows]), *table.columns], schema=schema)
+        path = self._layout.answers_path(begun.next_number)
+        whole = self._numbered(rows, table)
         try:
-            write_parquet(path, self._temporary(path.name), schema, [whole], record)
+            write_parquet(path, self._temporary(path.name), whole.schema, [whole], self._stamp)
             file = FileRecord(path.name, path.stat().st_size)
             answers = AnswersRecord(file, len(rows), int(counters.get("failed", 0)), counters)
-            manifest.append_answers(answers)
+            begun.manifest.append_answers(answers)
+            begun.answers.append(answers)
+            begun.next_number += 1
+            begun.finished[rows] = True
+            begun.journaled = None
+            if not begun.journal_is_empty:
+                begun.journal.clear()
+                begun.journal_is_empty = True
         except (OSError, pa.ArrowException) as error:
             raise self._cannot_write(error) from error
-        self._answers.append(answers)
-        self._next_number += 1
-        self.finished[rows] = True
 
     def finish(self, summary: Mapping[str, Any], source: RowSource) -> None:
         """Make the output complete: join `source`'s rows with their answers, record the summary.
@@ -156,20 +197,21 @@ class OutputStore:
             OutputError: it cannot be written, or answers are damaged; the answers are kept.
             ValueError: rows have no answer, or the output is complete already.
         """
-        if self._manifest is None or self._lock is None:
-            raise ValueError("finish on an output that is complete or closed")
-        if missing := int((~self.finished).sum()):
-            first = int(np.argmin(self.finished))
+        begun = self._unfinished()
+        if missing := int((~begun.finished).sum()):
+            first = int(np.argmin(begun.finished))
             raise ValueError(f"finish with {missing} rows unanswered, the first {first}")
         summary = plain(summary)
         scratch = self._temporary("join")
-        paths = [self._layout.work / record.file.name for record in self._answers]
+        paths = [self._layout.work / record.file.name for record in begun.answers]
+        content = ContentHash(self.answer_schema)
         tables = join(source, paths, self.answer_schema, self.schema, self._job.num_rows, scratch)
+        stream = RowStream(_hashed(tables, content))
         try:
             if self._layout.single_file:
-                self._write_file(RowStream(tables), summary)
+                self._write_file(begun, stream, content, summary)
             else:
-                self._write_parts(RowStream(tables), self._manifest, summary)
+                self._write_parts(begun, stream, content, summary)
         except (OSError, pa.ArrowException) as error:
             raise self._cannot_write(error) from error
         except InputError as error:
@@ -177,23 +219,16 @@ class OutputStore:
                 raise OutputError(f"{error}; delete that file and run again to redo it") from error
             raise
         self.summary = summary
-        self._tidy(self._lock)
-        self.close()
+        begun.manifest.close()
+        begun.journal.close()
+        self._begun = None
+        self._tidy(begun.lock)
 
     def close(self) -> None:
-        """Give up the lock. What is on disk stays and can be resumed; nothing done leaves nothing.
-
-        A job that failed before its first answers (a wrong option, say) would otherwise stand in
-        the way of the corrected one.
-        """
-        if self._manifest is not None:
-            self._manifest.close()
-        if self._lock is not None:
-            if self._answers or self.is_complete:
-                self._lock.release()
-            else:
-                self._forget(self._lock)
-        self._manifest = self._lock = None
+        """Give up the lock; what is on disk stays and can be resumed."""
+        if self._begun is not None:
+            self._begun.close()
+            self._begun = None
 
     def __enter__(self) -> "OutputStore":
         return self
@@ -206,93 +241,12 @@ class OutputStore:
     ) -> None:
         self.close()
 
-    def _load_complete(self) -> bool:
-        """Whether the finished output of this very job is there; never writes."""
-        layout = self._layout
-        if layout.single_file:
-            if (done := layout.read_finished_file()) is None:
-                return False
-            self._refuse_other_job(done.job)
-            return self._complete(done.summary)
-        layout.refuse_foreign()
-        if (state := read_manifest(layout.manifest)) is None or state.finished is None:
-            return False
-        self._refuse_other_job(state.job)
-        for part in state.finished.parts:
-            if not layout.has(part):
-                raise OutputError(
-                    f"{layout.target / part.name}: is missing or not as it was written; "
-                    f"put it back, or delete {layout.to_delete} to start over"
-                )
-        return self._complete(state.finished.summary)
+    def _unfinished(self) -> BegunOutput:
+        if self._begun is None:
+            raise ValueError("the output is complete or closed")
+        return self._begun
 
-    def _complete(self, summary: Mapping[str, Any]) -> bool:
-        self.summary = dict(summary)
-        self.finished[:] = True
-        return True
-
-    def _start_or_resume(self) -> None:
-        layout = self._layout
-        layout.refuse_foreign()
-        made = [path for path in (layout.work, layout.target) if not path.exists()]
-        try:
-            self._lock = OutputLock.acquire(layout.lock, layout.shown)
-            if self._load_complete():  # by a process that held the lock until now
-                self._tidy(self._lock)
-                return
-            self._manifest = self._open_manifest()
-            layout.clean(keep={record.file.name for record in self._answers})
-        except Exception:
-            if self._lock is not None:
-                self._lock.release(delete=bool(made))
-            self.close()
-            for path in made:
-                with suppress(OSError):
-                    path.rmdir()
-            raise
-
-    def _open_manifest(self) -> Manifest:
-        layout = self._layout
-        state = read_manifest(layout.manifest)
-        if state is not None:
-            self._answers = layout.intact_answers(state.answers)
-        if state is None or (not self._answers and self._job.differences_from(state.job)):
-            # None, or another job's that died before it had done anything.
-            manifest = Manifest.create(layout.manifest, self._job)
-            for folder in {layout.work.parent, layout.target.parent}:
-                fsync_dir(folder)
-            return manifest
-        self._refuse_other_job(state.job)
-        self._next_number = len(state.answers)
-        self._mark_finished()
-        return Manifest(layout.manifest, state.num_valid_bytes)
-
-    def _mark_finished(self) -> None:
-        """Mark the rows that an earlier run has answered."""
-        for record in self._answers:
-            path = self._layout.work / record.file.name
-            try:
-                pieces = list(read_answers(path, pa.schema([])))
-            except InputError as error:
-                raise OutputError(f"{error}; delete that file and run again to redo it") from error
-            rows = np.concatenate([piece.index for piece in pieces])
-            if rows.max(initial=0) >= len(self.finished) or self.finished[rows].any():
-                raise OutputError(
-                    f"{self._layout.shown}: {path.name} has rows twice, or not the input's; "
-                    f"delete {self._layout.to_delete} to start over"
-                )
-            self.finished[rows] = True
-
-    def _refuse_other_job(self, other: Job) -> None:
-        if found := self._job.differences_from(other):
-            raise OutputError(
-                f"{self._layout.shown} was started by a different job: {found}. Use another output"
-                f" path, or delete {self._layout.to_delete} to start over"
-            )
-
-    def _check_answers(self, rows: NDArray[np.int64], table: pa.Table) -> Manifest:
-        if self._manifest is None:
-            raise ValueError("answers written to an output that is complete or closed")
+    def _check_answers(self, begun: BegunOutput, rows: NDArray[np.int64], table: pa.Table) -> None:
         if not table.schema.equals(self.answer_schema):
             raise ValueError(f"answers are {table.schema}; declared are {self.answer_schema}")
         if table.num_rows != len(rows) or len(rows) == 0:
@@ -301,20 +255,31 @@ class OutputStore:
             raise ValueError("the rows of answers are not ascending")
         if rows[0] < 0 or rows[-1] >= self._job.num_rows:
             raise ValueError(f"answer to row {rows[-1]}, but there are {self._job.num_rows} rows")
-        if self.finished[rows].any():
-            raise ValueError(f"row {rows[self.finished[rows]][0]} answered twice")
-        return self._manifest
+        if begun.finished[rows].any():
+            raise ValueError(f"row {rows[begun.finished[rows]][0]} answered twice")
 
-    def _write_file(self, stream: RowStream, summary: Mapping[str, Any]) -> None:
-        if os.path.lexists(self._layout.target):
+    def _write_file(
+        self,
+        begun: BegunOutput,
+        stream: RowStream,
+        content: ContentHash,
+        summary: Mapping[str, Any],
+    ) -> None:
+        if os.path.lexists(self._layout.target) and not begun.replaces:
             raise OutputError(f"{self._layout.shown}: appeared while the job ran; move it away")
-        record = FinishedFile(self._job, summary).record()
+
+        def record() -> Mapping[str, Any]:
+            return FinishedFile(self._job, summary, content.hexdigest()).record()
+
         tables = stream.take(self._job.num_rows)
-        temporary = self._temporary("output")
-        write_parquet(self._layout.target, temporary, self.schema, tables, record)
+        write_parquet(self._layout.target, self._temporary("output"), self.schema, tables, record)
 
     def _write_parts(
-        self, stream: RowStream, manifest: Manifest, summary: Mapping[str, Any]
+        self,
+        begun: BegunOutput,
+        stream: RowStream,
+        content: ContentHash,
+        summary: Mapping[str, Any],
     ) -> None:
         """Write the directory's parts, then mark it as complete."""
         parts = []
@@ -322,11 +287,10 @@ class OutputStore:
         for start in range(0, max(self._job.num_rows, 1), _PART_ROWS):
             rows = RowRange(start, min(start + _PART_ROWS, self._job.num_rows))
             path = self._layout.target / part_name(rows)
-            record = {"version": FORMAT_VERSION, "identity": self._job.identity}
             tables = stream.take(rows.num_rows)
-            write_parquet(path, self._temporary(path.name), self.schema, tables, record)
+            write_parquet(path, self._temporary(path.name), self.schema, tables, self._stamp)
             parts.append(FileRecord(path.name, path.stat().st_size))
-        manifest.append_finished(FinishedRecord(summary, parts))
+        begun.manifest.append_finished(FinishedRecord(summary, parts, content.hexdigest()))
 
     def _tidy(self, lock: OutputLock) -> None:
         """Leave a complete output as it should look. Nothing depends on it, so failing is fine."""
@@ -336,6 +300,7 @@ class OutputStore:
                 shutil.rmtree(layout.work, ignore_errors=True)
             else:
                 layout.clean(keep={path.name for path in layout.target.iterdir()})
+                layout.journal.unlink(missing_ok=True)
                 with atomic_write(layout.summary, self._temporary("summary")) as file:
                     file.write(json.dumps(self.summary, indent=2).encode() + b"\n")
         lock.release(delete=not layout.single_file)
@@ -351,18 +316,21 @@ class OutputStore:
             with suppress(OSError, OutputError):
                 self._tidy(OutputLock.acquire(layout.lock, layout.shown))
 
-    def _forget(self, lock: OutputLock) -> None:
-        layout = self._layout
-        with suppress(OSError):
-            layout.clean(keep=set())
-            layout.manifest.unlink(missing_ok=True)
-        lock.release(delete=True)
-        for folder in (layout.work, *([] if layout.single_file else [layout.target])):
-            with suppress(OSError):
-                folder.rmdir()
+    def _numbered(self, rows: NDArray[np.int64], table: pa.Table) -> pa.Table:
+        columns = [pa.chunked_array([rows]), *table.columns]
+        return pa.Table.from_arrays(columns, schema=numbered_schema(self.answer_schema))
+
+    def _stamp(self) -> Mapping[str, Any]:
+        return stamp(self._job)
 
     def _temporary(self, name: str) -> Path:
         return self._layout.work / f"{name}.tmp"
 
     def _cannot_write(self, error: BaseException) -> OutputError:
         return OutputError(f"{self._layout.shown}: cannot be written: {one_line_reason(error)}")
+
+
+def _hashed(tables: Iterator[pa.Table], content: ContentHash) -> Iterator[pa.Table]:
+    for table in tables:
+        content.update(table)
+        yield table

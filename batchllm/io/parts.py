@@ -6,7 +6,7 @@ it is from.
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -42,9 +42,11 @@ def write_parquet(
     temporary: Path,
     schema: pa.Schema,
     tables: Iterable[pa.Table],
-    record: Mapping[str, Any],
+    record: Callable[[], Mapping[str, Any]],
 ) -> None:
     """Write `tables` (one row group each or more) as `target`, whole and on disk, or not at all.
+
+    `record` is asked for the file's entry when all tables are written.
 
     Raises:
         OSError: the file cannot be written.
@@ -57,12 +59,12 @@ def write_parquet(
 
 @contextmanager
 def _writer(
-    file: IO[bytes], schema: pa.Schema, record: Mapping[str, Any]
+    file: IO[bytes], schema: pa.Schema, record: Callable[[], Mapping[str, Any]]
 ) -> Iterator[pq.ParquetWriter]:
     writer = pq.ParquetWriter(file, schema, compression="zstd", write_page_checksum=True)
     try:
         yield writer
-        writer.add_key_value_metadata({RUN_RECORD_KEY: json.dumps(record)})
+        writer.add_key_value_metadata({RUN_RECORD_KEY: json.dumps(record())})
         writer.close()
     except BaseException:
         writer.is_open = False  # or its destructor tries to finish the file, and fails noisily

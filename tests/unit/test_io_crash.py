@@ -16,11 +16,12 @@ from tables import InMemory
 from batchllm.errors import OutputError
 from batchllm.io.durable import OutputLock
 from batchllm.io.inspect import read_run
+from batchllm.io.journal import Journal
 from batchllm.io.manifest import Manifest
 from batchllm.io.output import OutputStore
 
 SCHEMA = pa.schema([("i", pa.int64())])
-ANSWERS = pa.schema([("answer", pa.int64())])
+ANSWERS = pa.schema([("answer", pa.int64()), ("error", pa.string())])
 INPUT = InMemory(pa.table({"i": range(5)}, schema=SCHEMA))
 CALLS = ("fsync", "replace", "pwrite", "ftruncate", "unlink", "rmdir", "mkdir")
 
@@ -59,7 +60,7 @@ class Faults:
 def kill(monkeypatch):
     """Do what the kernel does for a dead process: close the files it had open."""
     opened = []
-    for kind, name in ((OutputLock, "release"), (Manifest, "close")):
+    for kind, name in ((OutputLock, "release"), (Manifest, "close"), (Journal, "close")):
 
         def init(self, *args, original=kind.__init__, closer=name):
             original(self, *args)
@@ -74,22 +75,43 @@ def kill(monkeypatch):
     return close_all
 
 
-def write(store, *rows):
-    table = pa.table({"answer": [10 * row for row in rows]}, schema=ANSWERS)
-    store.write_answers(np.array(rows), table, {"rows": len(rows)})
+def answers(rows, failing=()):
+    return pa.table(
+        {
+            "answer": [None if row in failing else 10 * row for row in rows],
+            "error": ["bad" if row in failing else None for row in rows],
+        },
+        schema=ANSWERS,
+    )
 
 
-def run_job(path):
-    store = OutputStore.open(path, SCHEMA, ANSWERS, {"job": 1}, num_rows=5)
+def write(store, *rows, failing=()):
+    table = answers(rows, failing)
+    failed = len(set(rows) & set(failing))
+    store.write_answers(np.array(rows), table, {"rows": len(rows), "failed": failed})
+
+
+def run_job(path, failing=(), retry=None, overwrite=False):
+    store = OutputStore.open(
+        path, SCHEMA, ANSWERS, {"job": 1}, num_rows=5, retry=retry, overwrite=overwrite
+    )
     if store.is_complete:
         return
+    if store.journaled is not None:
+        table = store.journaled.table
+        failed = len(table) - table["error"].null_count
+        store.write_answers(store.journaled.index, table, {"failed": failed})
     for rows in ([0, 3], [1, 4], [2]):
-        if left := [row for row in rows if not store.finished[row]]:
-            write(store, *left)
-    store.finish({"rows": 5}, INPUT)
+        left = [row for row in rows if not store.finished[row]]
+        for row in left:
+            store.journal(np.array([row]), answers([row], failing))
+        if left:
+            write(store, *left, failing=failing)
+    store.finish({"rows": 5, "failed": store.num_failed}, INPUT)
 
 
-WHOLE = {"i": [0, 1, 2, 3, 4], "answer": [0, 10, 20, 30, 40]}
+WHOLE = {"i": [0, 1, 2, 3, 4], "answer": [0, 10, 20, 30, 40], "error": [None] * 5}
+HALF = {**WHOLE, "answer": [0, None, 20, None, 40], "error": [None, "bad", None, "bad", None]}
 
 
 def read(path):
@@ -146,7 +168,62 @@ def check_unfinished(path):
     for answers in run.answers:
         table = pq.read_table(work / answers.file.name, partitioning=None)
         assert table.num_rows == answers.num_rows
-        assert table["answer"].to_pylist() == [10 * row for row in table["__row__"].to_pylist()]
+        rows = table["__row__"].to_pylist()
+        assert table["answer"].to_pylist() == [10 * row for row in rows]
+    assert run.num_finished_rows >= sum(answers.num_rows for answers in run.answers)
+
+
+@pytest.mark.parametrize("kind", ["killed before", "killed after", "disk error"])
+@pytest.mark.parametrize("name", ["out.parquet", "out"])
+@pytest.mark.parametrize("how", ["retry", "overwrite"])
+def test_another_try_that_dies_anywhere_loses_nothing(tmp_path, name, kind, how, kill, monkeypatch):
+    """Failed rows answered again, or everything: until that is done the old output is there."""
+    monkeypatch.setattr("batchllm.io.output._PART_ROWS", 2)
+    options = {"retry": "error"} if how == "retry" else {"overwrite": True}
+    clean = tmp_path / "clean"
+    run_job(clean / name)
+    num_died = 0
+    for at in count():
+        path = tmp_path / f"{at}" / name
+        run_job(path, failing=[1, 3])
+        assert read(path) == HALF
+        with pytest.MonkeyPatch.context() as patch:
+            faults = Faults(patch, kind, at)
+            try:
+                run_job(path, **options)
+                died = False
+            except (KilledError, OutputError):
+                died = True
+        kill()
+        if how == "retry" and name == "out.parquet":
+            assert read(path) in (HALF, WHOLE)
+        run_job(path, **options)
+        run_job(path)  # a directory that died as it was deleted is begun anew
+        assert read(path) == WHOLE
+        assert read_run(path).state == "complete"
+        assert leftovers(path.parent) == leftovers(clean)
+        num_died += died
+        if at >= faults.num_calls:
+            break
+    assert num_died > 20
+
+
+@pytest.mark.parametrize("name", ["out.parquet", "out"])
+def test_rows_in_the_journal_outlive_the_process(tmp_path, name, kill):
+    store = OutputStore.open(tmp_path / name, SCHEMA, ANSWERS, {}, num_rows=5)
+    store.journal(np.array([4, 1]), answers([4, 1]))
+    write(store, 1, 4)
+    store.journal(np.array([3, 0]), answers([3, 0]))
+    store.journal(np.array([2]), answers([2]))
+    kill()
+    assert read_run(tmp_path / name).num_finished_rows == 5
+    again = OutputStore.open(tmp_path / name, SCHEMA, ANSWERS, {}, num_rows=5)
+    assert again.journaled.index.tolist() == [0, 2, 3]
+    assert again.journaled.table.equals(answers([0, 2, 3]))
+    again.close()
+    assert OutputStore.open(
+        tmp_path / name, SCHEMA, ANSWERS, {}, num_rows=5
+    ).journaled.index.tolist() == [0, 2, 3]
 
 
 @pytest.mark.parametrize("name", ["out.parquet", "out"])

@@ -27,7 +27,7 @@ def answers(number, num_rows, **counters):
 
 
 ANSWERS = [answers(0, 10, steps=3), answers(1, 10, failed=2), answers(2, 20)]
-FINISHED = FinishedRecord({"rows": 100}, [FileRecord("part-0", 5000)])
+FINISHED = FinishedRecord({"rows": 100}, [FileRecord("part-0", 5000)], "cd" * 32)
 
 
 @pytest.fixture
@@ -51,6 +51,26 @@ def test_what_was_written_is_read(path):
     assert [line["data"]["type"] for line in lines] == ["job", *["answers"] * 3, "finished"]
     assert lines[2]["data"]["failed"] == 2
     assert lines[2]["data"]["rows"] == 10
+
+
+def test_answers_take_the_place_of_others_and_reopening_drops_all(path):
+    manifest = Manifest(path, read_manifest(path).num_valid_bytes)
+    kept = answers(3, 90)
+    manifest.append_reopened(kept)
+    assert (read_manifest(path).answers, read_manifest(path).finished) == ([kept], None)
+    better = [answers(4, 5), answers(5, 80)]
+    manifest.append_answers(better[0])
+    manifest.append_answers(better[1], replaces=kept.file.name)
+    manifest.close()
+    state = read_manifest(path)
+    assert state.answers == better
+    assert state.next_number == 6
+
+
+def test_a_manifest_can_begin_with_answers(tmp_path):
+    path = tmp_path / "manifest.jsonl"
+    Manifest.create(path, JOB, ANSWERS[:1]).close()
+    assert read_manifest(path).answers == ANSWERS[:1]
 
 
 def test_no_manifest_is_none(tmp_path):
@@ -103,7 +123,7 @@ def test_a_line_that_is_whole_but_not_ours_is_refused(path, monkeypatch):
     with pytest.raises(OutputError, match="line 6 is not a batchllm manifest's"):
         read_manifest(path)
     monkeypatch.setattr("batchllm.io.manifest.FORMAT_VERSION", 9)
-    with pytest.raises(OutputError, match="has format 2 of another batchllm, this one writes 9"):
+    with pytest.raises(OutputError, match="has format 3 of another batchllm, this one writes 9"):
         read_manifest(path)
 
 

@@ -50,7 +50,7 @@ def test_a_file_leaves_nothing_beside_it_and_carries_its_run(tmp_path):
     record = json.loads(pq.read_metadata(path).metadata[b"batchllm"])
     assert record["identity"] == IDENTITY
     assert record["summary"] == {"rows": 10, "speed": 1.5}
-    assert record["version"] == 2
+    assert record["version"] == 3
     assert pq.read_metadata(path).row_group(0).column(1).compression == "ZSTD"
     assert pq.read_metadata(path).num_row_groups == 1  # four small files became one
 
@@ -177,7 +177,8 @@ def test_a_different_job_is_refused_and_told_what_differs(path, finished):
     to_delete = work if path.suffix and not finished else path
     assert message == (
         f"{path} was started by a different job: model.sha256 differs; sampling.max_tokens is 64,"
-        f" was 128. Use another output path, or delete {to_delete} to start over"
+        " was 128. Use another output path, or start over with --overwrite, which deletes "
+        f"{to_delete}"
     )
     assert "num_rows is 11, was 10" in refused(path, num_rows=11)
     answers = pa.schema([("answer", pa.int64())])
