@@ -35,6 +35,7 @@ from batchllm.text.field_order import ColumnRules, learn_field_order
 from batchllm.text.prompts import PromptBatch, PromptSpec
 
 Prompt = str | Sequence[int]
+_KEEP_SECONDS = 0.5  # between two times that answers are handed over while a window runs
 _NO_TOKENS = np.zeros(0, dtype=np.int32)
 
 
@@ -181,11 +182,21 @@ class LLM:
         errors: dict[int, RowError] | None = None,
         *,
         progress: Progress | None = None,
+        keep: Callable[[list[RequestOutput]], None] | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
     ) -> list[RequestOutput]:
         """Answer requests, planned together; `errors` are rows that failed before.
 
+        Args:
+            requests: what to answer.
+            errors: rows that failed before, by row index.
+            progress: told what is done.
+            keep: given each output soon after it is finished (but for the last ones), once.
+            should_stop: asked after every step.
+
         Returns:
-            One output for each request and error, by row index.
+            One output for each request and error, by row index; where it stopped, of those that
+            were finished.
         """
         outputs = [_failed(row, error) for row, error in (errors or {}).items()]
         self.metrics.rows += len(outputs)
@@ -195,7 +206,7 @@ class LLM:
         started = time.perf_counter()
         plan = self._plan(requests)
         planned = time.perf_counter()
-        outputs += self._run(plan, progress)
+        outputs += self._run(plan, progress, keep, should_stop)
         self.metrics.plan_seconds += planned - started
         self.metrics.engine_seconds += time.perf_counter() - planned
         self.metrics.windows += 1
@@ -263,23 +274,40 @@ class LLM:
             max_num_seqs=self.config.max_num_seqs,
         )
 
-    def _run(self, plan: PrefixPlan, progress: Progress | None) -> list[RequestOutput]:
+    def _run(
+        self,
+        plan: PrefixPlan,
+        progress: Progress | None,
+        keep: Callable[[list[RequestOutput]], None] | None,
+        should_stop: Callable[[], bool],
+    ) -> list[RequestOutput]:
         rows = plan.tree.row_counts()
         on_step: Callable[[Batch], None] = progress.on_step if progress else lambda batch: None
         if progress:
             progress.start_window(plan)
-        before = replace(self._scheduler.stats)
+        scheduler = self._scheduler
+        before = replace(scheduler.stats)
         finished: list[FinishedSequence] = []
+        outputs: list[RequestOutput] = []
+        kept_at, num_kept = time.monotonic(), 0
         try:
-            for sequence in Engine(self._scheduler, self.runner, on_step=on_step).run(plan):
-                finished.append(sequence)
+            for done in Engine(scheduler, self.runner, on_step=on_step).steps(plan):
+                finished += done
                 if progress:
-                    progress.finish_rows(int(rows[sequence.leaf]))
-        except BaseException:  # an interrupt leaves sequences behind; the next window starts clean
+                    progress.finish_rows(sum(int(rows[sequence.leaf]) for sequence in done))
+                if should_stop():
+                    break
+                if keep and time.monotonic() - kept_at > _KEEP_SECONDS:
+                    outputs += (new := self._outputs(plan, finished[num_kept:]))
+                    keep(new)
+                    kept_at, num_kept = time.monotonic(), len(finished)
+        except BaseException:  # it leaves sequences behind; the next window starts clean
             self._scheduler = self.new_scheduler()
             raise
-        outputs = self._outputs(plan, finished)
-        self._count(plan, finished, outputs, self._scheduler.stats.since(before))
+        if scheduler.has_unfinished:
+            self._scheduler = self.new_scheduler()
+        outputs += self._outputs(plan, finished[num_kept:])
+        self._count(plan, finished, outputs, scheduler, before)
         return outputs
 
     def _outputs(self, plan: PrefixPlan, finished: list[FinishedSequence]) -> list[RequestOutput]:
@@ -321,9 +349,10 @@ class LLM:
         plan: PrefixPlan,
         finished: list[FinishedSequence],
         outputs: list[RequestOutput],
-        stats: SchedulerStats,
+        scheduler: StepScheduler,
+        before: SchedulerStats,
     ) -> None:
-        metrics = self.metrics
+        metrics, stats = self.metrics, scheduler.stats.since(before)
         metrics.rows += len(outputs)
         metrics.failed += sum(o.error is not None for o in outputs)
         metrics.duplicate_rows += len(outputs) - len(finished)
@@ -335,7 +364,7 @@ class LLM:
         metrics.computed_output_tokens += sum(len(s.output_token_ids) for s in finished)
         metrics.steps += stats.steps
         metrics.preemptions += stats.preemptions
-        metrics.peak_kv_blocks = max(metrics.peak_kv_blocks, self._scheduler.peak_kv_blocks)
+        metrics.peak_kv_blocks = max(metrics.peak_kv_blocks, scheduler.peak_kv_blocks)
 
     def _generate_list(
         self,

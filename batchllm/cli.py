@@ -29,13 +29,16 @@ from batchllm.cli_options import (
     MessagesColumn,
     ModelName,
     ModelShapeName,
+    OnError,
     Output,
     OutputColumn,
+    Overwrite,
     Policy,
     PromptColumn,
     Quantization,
     Quiet,
     ReorderFields,
+    RetryFailed,
     Seed,
     Sharing,
     Simulate,
@@ -50,9 +53,11 @@ from batchllm.cli_options import (
     WindowRows,
     template_text,
 )
+from batchllm.error_limit import ErrorLimit
 from batchllm.errors import BatchLLMError, UsageError
+from batchllm.interrupt import INTERRUPTED, StopSignals
 
-FAILED, USAGE, TOO_MANY_ERRORS, INTERRUPTED = 1, 2, 3, 130
+FAILED, USAGE, TOO_MANY_ERRORS = 1, 2, 3
 
 app = typer.Typer(
     help="Run a language model over a table: Parquet in, Parquet out, "
@@ -97,6 +102,9 @@ def run(
     max_num_batched_tokens: MaxNumBatchedTokens = 2048,
     window_rows: WindowRows = 65_536,
     max_errors: MaxErrors = None,
+    on_error: OnError = "continue",
+    retry_failed: RetryFailed = False,
+    overwrite: Overwrite = False,
     limit: Limit = None,
     summary: Summary = None,
     quiet: Quiet = False,
@@ -106,8 +114,11 @@ def run(
     The same command again goes on where it stopped. Exit codes: 0 done, 1 failed, 2 wrong usage,
     3 done with more failed rows than --max-errors, 130 interrupted.
     """
-    with _errors_as_exit_codes(
-        f"interrupted; the same command goes on with {output} where this one stopped"
+    with (
+        StopSignals() as stop,
+        _errors_as_exit_codes(
+            f"interrupted; the same command goes on with {output} where this one stopped"
+        ),
     ):
         from batchllm.config import EngineConfig, parse_size
         from batchllm.job import JobConfig, run_job
@@ -152,20 +163,29 @@ def run(
                 output_column=output_column,
                 window_rows=window_rows,
                 limit=limit,
-                max_errors=max_errors,
+                max_errors=ErrorLimit.parse(max_errors),
+                on_error=on_error,
+                retry_failed=retry_failed,
+                overwrite=overwrite,
                 summary=summary,
                 quiet=quiet,
-            )
+            ),
+            stop,
         )
         if not quiet:
             if result.already_complete:
                 typer.echo(f"{output} is complete already; it was left as it is", err=True)
-            typer.echo(summary_text(result.summary), err=True)
-        if result.too_many_errors:
+            if result.summary is not None:
+                typer.echo(summary_text(result.summary), err=True)
+        if result.summary is None:
             typer.echo(
-                f"{result.summary['failed']:,} rows failed, --max-errors is {max_errors:,}",
+                f"stopped by --on-error: {result.num_failed:,} rows failed; the same command with "
+                f"--retry-failed, or without --on-error, goes on with {output}",
                 err=True,
             )
+            raise typer.Exit(TOO_MANY_ERRORS)
+        if result.too_many_errors:
+            typer.echo(f"{result.num_failed:,} rows failed, --max-errors is {max_errors}", err=True)
             raise typer.Exit(TOO_MANY_ERRORS)
 
 

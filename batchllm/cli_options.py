@@ -8,7 +8,7 @@ import typer
 from batchllm.errors import UsageError
 
 _PROMPT, _SAMPLING, _ENGINE = "Prompt (exactly one source)", "Sampling", "Engine"
-_SIMULATION = "Simulation"
+_SIMULATION, _FAILURES = "Simulation", "Failures"
 Input = Annotated[
     str, typer.Argument(metavar="INPUT", help="A Parquet file, a directory of them, or a glob.")
 ]
@@ -122,7 +122,34 @@ MaxNumSeqs = Annotated[int, typer.Option(help="Most rows at once.", rich_help_pa
 MaxNumBatchedTokens = Annotated[
     int, typer.Option(help="Most tokens in a step.", rich_help_panel=_ENGINE)
 ]
-MaxErrors = Annotated[int | None, typer.Option(help="More failed rows than this: exit code 3.")]
+MaxErrors = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N|P%", help="More failed rows than this: exit code 3.", rich_help_panel=_FAILURES
+    ),
+]
+OnError = Annotated[
+    str,
+    typer.Option(
+        help="continue: a failed row has an error, the others go on. stop: stop as soon as more "
+        "rows failed than --max-errors (without it, one).",
+        rich_help_panel=_FAILURES,
+    ),
+]
+RetryFailed = Annotated[
+    bool,
+    typer.Option(
+        "--retry-failed", help="Answer rows again that have an error.", rich_help_panel=_FAILURES
+    ),
+]
+Overwrite = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite",
+        help="Delete an OUTPUT of batchllm's that is complete or another job's.",
+        rich_help_panel=_FAILURES,
+    ),
+]
 Summary = Annotated[Path | None, typer.Option(help="Write the summary here, as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 AnswerTokens = Annotated[

@@ -1,6 +1,7 @@
 """The loop: schedule, execute, update."""
 
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Protocol
 
 from batchllm.prefix.plan import PrefixPlan
@@ -32,9 +33,13 @@ class Engine:
 
     def run(self, plan: PrefixPlan) -> Iterator[FinishedSequence]:
         """Yield each of the plan's sequences when it is finished, in the order of finishing."""
-        yield from self.scheduler.add(plan)
+        return chain.from_iterable(self.steps(plan))
+
+    def steps(self, plan: PrefixPlan) -> Iterator[list[FinishedSequence]]:
+        """Yield, after each step, the sequences it finished; first those that cannot be run."""
+        yield self.scheduler.add(plan)
         while self.scheduler.has_unfinished:
-            yield from self.step()
+            yield self.step()
 
     def step(self) -> list[FinishedSequence]:
         """One forward pass; returns the sequences it finished."""

@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from batchllm import __version__
 from batchllm.api import LLM
 from batchllm.config import EngineConfig
+from batchllm.error_limit import NO_LIMIT, ErrorLimit
 from batchllm.errors import OutputError, UsageError
+from batchllm.interrupt import StopSignals
 from batchllm.io.answers import AnswerColumns
 from batchllm.io.output import OutputStore
 from batchllm.io.parquet import ParquetInput
@@ -22,9 +25,9 @@ from batchllm.io.sources import check_paths
 from batchllm.metrics import Metrics
 from batchllm.models.checkpoint import Checkpoint, open_model
 from batchllm.progress import Progress
-from batchllm.prompt_worker import PromptWorker, prompts_ahead
+from batchllm.prompt_worker import PromptedWindow, PromptWorker, prompts_ahead
 from batchllm.prompting import choose_max_model_len, prompt_builder
-from batchllm.request import SamplingParams
+from batchllm.request import RequestOutput, SamplingParams
 from batchllm.runner.dtype import choose_dtype
 from batchllm.text.field_order import learn_field_order
 from batchllm.text.prompts import PromptBuilder, PromptSpec
@@ -37,8 +40,10 @@ DEFAULT_WINDOW_ROWS = 65_536
 class JobConfig:
     """Everything `batchllm run` is told.
 
-    `limit` answers the first rows only; `max_errors` is how many failed rows still count as
-    success, None for any number.
+    `limit` answers the first rows only. `max_errors` is how many failed rows still count as
+    success; with `on_error="stop"` the job stops when there are more, else it goes on to its end.
+    `overwrite` deletes an output that is complete or another job's; `retry_failed` answers the rows
+    again that have an error there.
     """
 
     input: str
@@ -50,7 +55,10 @@ class JobConfig:
     output_column: str = "answer"
     window_rows: int = DEFAULT_WINDOW_ROWS
     limit: int | None = None
-    max_errors: int | None = None
+    max_errors: ErrorLimit = NO_LIMIT
+    on_error: str = "continue"
+    overwrite: bool = False
+    retry_failed: bool = False
     summary: Path | None = None
     quiet: bool = False
 
@@ -59,26 +67,35 @@ class JobConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} is {value}; it must be at least 1")
-        if self.max_errors is not None and self.max_errors < 0:
-            raise UsageError(f"max_errors is {self.max_errors}; it must be 0 or more")
+        if self.on_error not in ("continue", "stop"):
+            raise UsageError(f"on_error is {self.on_error!r}; it must be continue or stop")
 
 
 @dataclass(frozen=True, slots=True)
 class JobResult:
-    """How a job ended. `already_complete` means that there was nothing to do."""
+    """How a job ended. `already_complete` means that there was nothing to do.
 
-    summary: dict[str, Any]
+    `summary` is None where `on_error` stopped it; `num_failed` rows failed.
+    """
+
+    summary: dict[str, Any] | None
     already_complete: bool
+    num_failed: int
     too_many_errors: bool
 
 
-def run_job(config: JobConfig) -> JobResult:
+def run_job(config: JobConfig, stop: StopSignals | None = None) -> JobResult:
     """Answer the input's rows and write them to the output; goes on where an earlier run stopped.
 
     Everything that can be refused is refused before the weights are loaded.
 
+    Args:
+        config: what to do.
+        stop: tells when the process is asked to stop; what is finished is written first.
+
     Raises:
         BatchLLMError: the job cannot start or go on; what is written so far stays valid.
+        KeyboardInterrupt: it was asked to stop.
     """
     started = time.perf_counter()
     notify = _silent if config.quiet else _say
@@ -91,19 +108,27 @@ def run_job(config: JobConfig) -> JobResult:
     prompt_builder(checkpoint, config.engine, config.prompt)  # refuses what it cannot make
     num_rows = min(source.num_rows, config.limit or source.num_rows)
     identity = job_identity(config, source, checkpoint, num_rows)
+    limit = config.max_errors.of(num_rows)
+    if limit is None and config.on_error == "stop":
+        limit = 0
     with OutputStore.open(
-        config.output, source.schema, columns.schema, identity, num_rows=num_rows
+        config.output,
+        source.schema,
+        columns.schema,
+        identity,
+        num_rows=num_rows,
+        overwrite=config.overwrite,
+        retry=columns.error if config.retry_failed else None,
     ) as store:
         complete = store.is_complete
         if not complete:
-            _answer(config, source, checkpoint, columns, store, started)
-        assert store.summary is not None
+            job = _Job(config, source, checkpoint, columns, store, stop or StopSignals(), limit)
+            job.run(started)
         summary = store.summary
-    if config.summary is not None:
+        failed = store.num_failed if summary is None else int(summary["failed"])
+    if config.summary is not None and summary is not None:
         _write_summary(config.summary, summary)
-    failed = int(summary["failed"])
-    too_many = config.max_errors is not None and failed > config.max_errors
-    return JobResult(summary, complete, too_many)
+    return JobResult(summary, complete, failed, limit is not None and failed > limit)
 
 
 def job_identity(
@@ -125,85 +150,123 @@ def job_identity(
     }
 
 
-def _answer(
-    config: JobConfig,
-    source: ParquetInput,
-    checkpoint: Checkpoint,
-    columns: AnswerColumns,
-    store: OutputStore,
-    started: float,
-) -> None:
-    num_rows, done_rows = len(store.finished), int(store.finished.sum())
-    progress = Progress(num_rows, done_rows=done_rows, quiet=config.quiet)
-    if done_rows:
-        progress.note(f"going on after {done_rows:,} rows that are done already")
-    load_seconds, num_kv_blocks, kv_memory, threads = 0.0, 0, 0, 0
-    policy = config.engine.policy
-    if done_rows < num_rows:
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A job whose output is begun; `limit` is how many failed rows it may have."""
+
+    config: JobConfig
+    source: ParquetInput
+    checkpoint: Checkpoint
+    columns: AnswerColumns
+    store: OutputStore
+    stop: StopSignals
+    limit: int | None
+
+    def run(self, started: float) -> None:
+        """Answer what has no answer yet, and complete the output unless too many rows failed."""
+        config, store = self.config, self.store
+        if (left := store.journaled) is not None:
+            store.write_answers(left.index, left.table, self.columns.counters(left.table))
+        num_rows, done_rows = len(store.finished), int(store.finished.sum())
+        progress = Progress(num_rows, done_rows=done_rows, quiet=config.quiet)
+        if done_rows:
+            progress.note(f"going on after {done_rows:,} rows that are done already")
+        llm = None
         try:
-            llm = _answer_windows(config, source, checkpoint, columns, store, progress)
+            if done_rows < num_rows and not self._is_over(store.num_failed):
+                llm = self._answer(progress)
+            if store.finished.all():
+                progress.note("writing the output")
+                store.finish(self._summary(llm, done_rows, started), self.source)
         finally:
             progress.close()
-        load_seconds, threads = llm.load_seconds, llm.threads.count
-        num_kv_blocks, kv_memory = llm.num_kv_blocks, llm.kv_memory
-        if llm.chosen_policies:
+
+    def _answer(self, progress: Progress) -> LLM:
+        config, store = self.config, self.store
+        builder = _learned_builder(config, self.source, self.checkpoint, len(store.finished))
+        num_left = int((~store.finished).sum())
+        if num_left > config.window_rows:
+            progress.note(f"sorting {num_left:,} rows into windows by their prompts")
+        windows = Windows(
+            self.source,
+            builder,
+            ~store.finished,
+            window_rows=config.window_rows,
+            scratch=store.scratch,
+        )
+        with closing(windows), closing(PromptWorker(builder)) as worker:
+            prompted = prompts_ahead(windows, worker)
+            llm = LLM(self.checkpoint, config.engine)
+            progress.note(f"{len(store.finished):,} rows, {llm.describe()}")
+            for one in prompted:
+                self._answer_window(llm, one, progress)
+                if self._is_over(store.num_failed):
+                    break
+        return llm
+
+    def _answer_window(self, llm: LLM, one: PromptedWindow, progress: Progress) -> None:
+        """Answer a window, or the part of it that is finished when the job is asked to stop."""
+        store, columns = self.store, self.columns
+        num_failed = store.num_failed
+        llm.metrics = Metrics(
+            prompt_seconds=one.waited_seconds, window_repeated_tokens=one.window.repeated_tokens
+        )
+
+        def keep(outputs: list[RequestOutput]) -> None:
+            nonlocal num_failed
+            num_failed += sum(output.error is not None for output in outputs)
+            store.journal(_rows(outputs), columns.table(outputs))
+
+        def should_stop() -> bool:
+            return self.stop.requested or self._is_over(num_failed)
+
+        requests, errors = one.prompts.requests(self.config.sampling, one.window.rows.index)
+        num_failed += len(errors)
+        with self.stop.waited_for():
+            outputs = llm.answer(
+                requests, errors, progress=progress, keep=keep, should_stop=should_stop
+            )
+            if outputs:
+                store.write_answers(_rows(outputs), columns.table(outputs), llm.metrics.as_dict())
+        if self.stop.requested:
+            raise KeyboardInterrupt
+
+    def _is_over(self, num_failed: int) -> bool:
+        """Whether so many failed rows end the job."""
+        return self.config.on_error == "stop" and num_failed > (self.limit or 0)
+
+    def _summary(self, llm: LLM | None, done_rows: int, started: float) -> dict[str, Any]:
+        config, store = self.config, self.store
+        total = Metrics.total(store.counters)
+        total.rows, total.failed = len(store.finished), store.num_failed
+        policy = config.engine.policy
+        if llm is not None and llm.chosen_policies:
             policy = f"{policy} ({', '.join(sorted(llm.chosen_policies))})"
-    total = Metrics.total(store.counters)
-    store.finish(
-        {
+        return {
             "version": __version__,
             "input": str(config.input),
             "output": str(config.output),
-            "model": str(checkpoint.path.name),
-            "dtype": choose_dtype(config.engine, checkpoint.config.dtype),
+            "model": str(self.checkpoint.path.name),
+            "dtype": choose_dtype(config.engine, self.checkpoint.config.dtype),
             "quantization": config.engine.quantization,
             "policy": policy,
             "sharing": config.engine.sharing,
             **total.as_dict(),
             "saved_share": round(total.saved_share, 6),
             "window_lost_share": round(total.window_lost_share, 6),
-            "threads": threads,
-            "kv_memory": kv_memory,
-            "kv_tokens": num_kv_blocks * config.engine.block_size,
-            "num_kv_blocks": num_kv_blocks,
+            "threads": llm.threads.count if llm else 0,
+            "kv_memory": llm.kv_memory if llm else 0,
+            "kv_tokens": llm.num_kv_tokens if llm else 0,
+            "num_kv_blocks": llm.num_kv_blocks if llm else 0,
             "block_size": config.engine.block_size,
             "resumed_rows": done_rows,
-            "load_seconds": round(load_seconds, 6),
+            "load_seconds": round(llm.load_seconds, 6) if llm else 0.0,
             "wall_seconds": round(time.perf_counter() - started, 6),
-        },
-        source,
-    )
+        }
 
 
-def _answer_windows(
-    config: JobConfig,
-    source: ParquetInput,
-    checkpoint: Checkpoint,
-    columns: AnswerColumns,
-    store: OutputStore,
-    progress: Progress,
-) -> LLM:
-    builder = _learned_builder(config, source, checkpoint, len(store.finished))
-    num_left = int((~store.finished).sum())
-    if num_left > config.window_rows:
-        progress.note(f"sorting {num_left:,} rows into windows by their prompts")
-    windows = Windows(
-        source, builder, ~store.finished, window_rows=config.window_rows, scratch=store.scratch
-    )
-    with closing(windows), closing(PromptWorker(builder)) as worker:
-        prompted = prompts_ahead(windows, worker)
-        llm = LLM(checkpoint, config.engine)
-        progress.note(f"{len(store.finished):,} rows, {llm.describe()}")
-        for one in prompted:
-            rows = one.window.rows.index
-            llm.metrics = Metrics(
-                prompt_seconds=one.waited_seconds,
-                window_repeated_tokens=one.window.repeated_tokens,
-            )
-            requests, errors = one.prompts.requests(config.sampling, rows)
-            outputs = llm.answer(requests, errors, progress=progress)
-            store.write_answers(rows, columns.table(outputs), llm.metrics.as_dict())
-    return llm
+def _rows(outputs: list[RequestOutput]) -> NDArray[np.int64]:
+    return np.array([output.row_index for output in outputs], dtype=np.int64)
 
 
 def _learned_builder(

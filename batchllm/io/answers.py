@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from batchllm.errors import UsageError
 from batchllm.request import RequestOutput
@@ -55,6 +56,27 @@ class AnswerColumns:
         """The columns that answers add."""
         facts = [pa.field(self.prefix + name, kind) for name, kind in _FACTS.items()]
         return pa.schema([pa.field(self.answer, pa.string()), *facts])
+
+    @property
+    def error(self) -> str:
+        """The column that says why a row has no answer."""
+        return f"{self.prefix}error"
+
+    def counters(self, table: pa.Table) -> dict[str, int]:
+        """What can be counted from answers alone, by the names that `Metrics` has for it."""
+        fine = table.filter(pc.is_null(table[self.error]))
+        sums = {
+            name: int(pc.sum(fine[self.prefix + name]).as_py() or 0)
+            for name in ("prompt_tokens", "cached_tokens", "output_tokens")
+        }
+        return {
+            "rows": table.num_rows,
+            "failed": table.num_rows - fine.num_rows,
+            "prompt_tokens": sums["prompt_tokens"],
+            "computed_prompt_tokens": sums["prompt_tokens"] - sums["cached_tokens"],
+            "output_tokens": sums["output_tokens"],
+            "computed_output_tokens": sums["output_tokens"],
+        }
 
     def table(self, outputs: Sequence[RequestOutput]) -> pa.Table:
         """One row for each output, in their order."""
