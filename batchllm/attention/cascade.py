@@ -32,12 +32,13 @@ class SegmentRead:
 class DecodeBucket:
     """Decodes with contexts of similar length, read together.
 
-    `rows` [n] are their tokens; `blocks` [n * table] their blocks, padded; `bias`
-    [n, 1, 1, table * block_size] is 0 where a slot is seen and -inf where it is not.
+    `rows` [n] are their tokens; `slots` [n * width] what each sees, padded with the last of it: a
+    NaN goes through any mask, so nothing is gathered for a row that is not its own. `bias`
+    [n, 1, 1, width] is 0 where a slot counts and -inf where it is padding.
     """
 
     rows: torch.Tensor
-    blocks: torch.Tensor
+    slots: torch.Tensor
     bias: torch.Tensor
 
 
@@ -46,9 +47,9 @@ class TorchBackend:
 
     Each query's context is a list of segments. A shared segment is read once for all the queries
     below it, as one matrix product; a prefill chunk attends to itself causally and to what its
-    segment held before; decodes are batched by length with their private blocks gathered. Partial
+    segment held before; decodes are batched by length with what they see gathered. Partial
     results are merged exactly. A shared segment that few decodes read is not worth a call of its
-    own and is folded into their private blocks.
+    own and is folded into that.
     """
 
     name = "torch"
@@ -97,8 +98,7 @@ class TorchBackend:
         for item in folded.tolist():
             for row in range(int(items.query_begin[item]), int(items.query_end[item])):
                 row_items[row].append(item)
-        sizes = -(-items.kv_len // self._block_size)
-        length = {row: int(sizes[list_].sum()) for row, list_ in row_items.items()}
+        length = {row: int(items.kv_len[list_].sum()) for row, list_ in row_items.items()}
         buckets: list[DecodeBucket] = []
         current: list[int] = []
         for row in sorted(row_items, key=length.__getitem__):
@@ -111,23 +111,24 @@ class TorchBackend:
     def _bucket(
         self, items: AttentionItems, rows: list[int], row_items: dict[int, list[int]]
     ) -> DecodeBucket:
-        size = self._block_size
-        parts = [[(items.blocks(i), int(items.kv_len[i])) for i in row_items[r]] for r in rows]
-        width = max(sum(-(-kv_len // size) for _, kv_len in row) for row in parts)
-        table = np.zeros((len(rows), width), dtype=np.int64)
-        bias = np.full((len(rows), width * size), -np.inf, dtype=np.float32)
-        for index, row in enumerate(parts):
-            column = 0
-            for blocks, kv_len in row:
-                count = -(-kv_len // size)
-                table[index, column : column + count] = blocks[:count]
-                bias[index, column * size : column * size + kv_len] = 0
-                column += count
+        seen = [np.concatenate([self._slots(items, i) for i in row_items[row]]) for row in rows]
+        width = max(map(len, seen))
+        slots = np.empty((len(rows), width), dtype=np.int64)
+        bias = np.full((len(rows), width), -np.inf, dtype=np.float32)
+        for index, own in enumerate(seen):
+            slots[index, : len(own)] = own
+            slots[index, len(own) :] = own[-1]
+            bias[index, : len(own)] = 0
         return DecodeBucket(
             torch.tensor(rows),
-            torch.from_numpy(table.ravel()),
+            torch.from_numpy(slots.ravel()),
             torch.from_numpy(bias)[:, None, None, :],
         )
+
+    def _slots(self, items: AttentionItems, item: int) -> Ints:
+        """Where an item's tokens lie, [kv_len]."""
+        slots: Ints = items.blocks(item)[:, None] * self._block_size + np.arange(self._block_size)
+        return slots.ravel()[: items.kv_len[item]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,10 +204,10 @@ def _attend_bucket(
     value_cache: torch.Tensor,
     bucket: DecodeBucket,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One query a row [n, kv_heads, group, d] over its own blocks; the group is the query axis."""
+    """One query a row [n, kv_heads, group, d] over its own slots; the group is the query axis."""
     shape = (len(bucket.rows), -1, *key_cache.shape[2:])
-    keys = key_cache[bucket.blocks].view(shape).transpose(1, 2)
-    values = value_cache[bucket.blocks].view(shape).transpose(1, 2)
+    keys = key_cache.flatten(0, 1).index_select(0, bucket.slots).view(shape).transpose(1, 2)
+    values = value_cache.flatten(0, 1).index_select(0, bucket.slots).view(shape).transpose(1, 2)
     bias = bucket.bias.to(query.dtype)
     out, lse = _FLASH(query, keys, values, attn_mask=bias)
     return out, lse
