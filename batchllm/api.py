@@ -316,9 +316,7 @@ class LLM:
         outputs = []
         tree = plan.tree
         for sequence, text in zip(finished, texts, strict=True):
-            error = None
-            if sequence.finish_reason == "error":
-                error = RowError("kv_memory", self._does_not_fit(sequence.leaf))
+            error = self._error(sequence)
             begin, end = tree.row_offsets[sequence.leaf : sequence.leaf + 2].tolist()
             length = int(tree.leaf_length[sequence.leaf])
             for index, row in enumerate(tree.rows[begin:end].tolist()):
@@ -335,6 +333,15 @@ class LLM:
                     )
                 )
         return outputs
+
+    def _error(self, sequence: FinishedSequence) -> RowError | None:
+        match sequence.ending:
+            case "kv_memory" as code:
+                return RowError(code, self._does_not_fit(sequence.leaf))
+            case "nan_logits" as code:
+                return RowError(code, _nan_logits(sequence))
+            case _:
+                return None
 
     def _does_not_fit(self, leaf: int) -> str:
         size = self.config.block_size
@@ -390,6 +397,14 @@ class LLM:
             requests += [replace(r, sampling_params=each[r.row_index]) for r in made]
             errors |= failed
         return self.answer(sorted(requests, key=lambda r: r.row_index), errors)
+
+
+def _nan_logits(sequence: FinishedSequence) -> str:
+    return (
+        f"the model gave no numbers to choose answer token {len(sequence.output_token_ids) + 1} by "
+        "(NaN or infinite logits): something in the row makes it overflow, which --dtype float32 "
+        "may cure, or its weights are damaged"
+    )
 
 
 def _failed(row: int, error: RowError) -> RequestOutput:

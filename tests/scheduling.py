@@ -9,11 +9,17 @@ from batchllm.runner.fake_runner import fake_token
 
 MAX_MODEL_LEN = 64
 EOS = frozenset({7})
-ROWS = st.lists(  # (prompt, max_tokens), over a vocabulary so small that prefixes collide
-    st.tuples(st.lists(st.integers(0, 1), min_size=1, max_size=20), st.integers(1, 16)),
-    min_size=1,
-    max_size=20,
-)
+POISON = frozenset({2, 11, 13})  # tokens that make whoever has read them fail
+
+
+def tables(tokens):
+    """Rows (prompt, max_tokens), over a vocabulary so small that prefixes collide."""
+    prompts = st.lists(st.sampled_from(tokens), min_size=1, max_size=20)
+    return st.lists(st.tuples(prompts, st.integers(1, 16)), min_size=1, max_size=20)
+
+
+ROWS = tables([0, 1])
+POISONED_ROWS = tables([0, 1] * 9 + [2])
 
 
 class CheckingEngine(Engine):
@@ -30,6 +36,19 @@ def requests(rows, **params):
         Request(i, np.array(p, np.int32), SamplingParams(max_tokens=m, **params))
         for i, (p, m) in enumerate(rows)
     ]
+
+
+def is_poisoned(context):
+    return not POISON.isdisjoint(context)
+
+
+def expected_ending(prompt, max_tokens):
+    """How a row ends with a runner that fails where a context `is_poisoned`, and its answer."""
+    answer = expected_answer(prompt, max_tokens)
+    for count in range(len(answer)):
+        if is_poisoned([*prompt, *answer[:count]]):
+            return "nan_logits", answer[:count]
+    return "stop" if answer[-1] in EOS else "length", answer
 
 
 def expected_answer(prompt, max_tokens, *, ignore_eos=False, vocab=50):

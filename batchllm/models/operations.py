@@ -30,7 +30,10 @@ class Operations(Protocol):
         ...
 
     def argmax(self, logits: torch.Tensor) -> torch.Tensor:
-        """The first largest of each row, an integer [rows]."""
+        """The first largest of each row, an integer [rows].
+
+        -1 where there is a NaN, or the largest is infinite.
+        """
         ...
 
 
@@ -60,4 +63,5 @@ class TorchOperations:
 
     def argmax(self, logits: torch.Tensor) -> torch.Tensor:
         """See `Operations`."""
-        return logits.argmax(dim=-1)
+        largest, where = logits.max(dim=-1)  # a NaN counts as the largest
+        return where.masked_fill(~largest.isfinite(), -1)

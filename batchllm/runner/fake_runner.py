@@ -1,9 +1,11 @@
 """A runner without a model, for tests of everything around one."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from batchllm.runner.model_input import ModelInput, build_model_input
-from batchllm.scheduler.batch import Batch, StepOutput
+from batchllm.scheduler.batch import NO_TOKEN, Batch, StepOutput
 
 _EMPTY = -1
 
@@ -14,12 +16,20 @@ class FakeRunner:
     A slot of its "KV cache" holds the token written there. To sample, it collects the tokens that
     the attention items let the query see, in order, so a wrong block, slot, position, mask or a
     block freed too early changes the answer or trips an assertion. The next token depends on every
-    token before it and on nothing else.
+    token before it and on nothing else. Where a context `fails`, its logits are no numbers.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, *, vocab_size: int = 50) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        *,
+        vocab_size: int = 50,
+        fails: Callable[[list[int]], bool] = lambda context: False,
+    ) -> None:
         self._block_size = block_size
         self._vocab_size = vocab_size
+        self._fails = fails
         self._slots = np.full(num_blocks * block_size, _EMPTY, dtype=np.int64)
         self.num_computed_tokens = 0
 
@@ -37,7 +47,7 @@ class FakeRunner:
         assert len(context) == step.positions[row] + 1, "the items do not cover the context"
         assert _EMPTY not in context, "a token is read that was never written"
         assert context[-1] == step.token_ids[row], "the query does not see itself last"
-        return fake_token(context, self._vocab_size)
+        return NO_TOKEN if self._fails(context) else fake_token(context, self._vocab_size)
 
     def context(self, step: ModelInput, row: int) -> list[int]:
         """The tokens a query sees, in the order of their positions."""

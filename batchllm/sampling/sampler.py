@@ -8,31 +8,27 @@ from numpy.typing import NDArray
 
 from batchllm.request import SamplingParams, TokenIds
 from batchllm.sampling.random import uniform
-from batchllm.scheduler.batch import Samples
+from batchllm.scheduler.batch import NO_TOKEN, Samples
 
 _FIRST_LOOK = 1024  # candidates sorted before the whole vocabulary is
 
 
-def _first_largest(logits: torch.Tensor) -> torch.Tensor:
-    return logits.argmax(dim=-1)
-
-
 def sample_tokens(
-    logits: torch.Tensor,
-    samples: Samples,
-    argmax: Callable[[torch.Tensor], torch.Tensor] = _first_largest,
+    logits: torch.Tensor, samples: Samples, argmax: Callable[[torch.Tensor], torch.Tensor]
 ) -> TokenIds:
     """One token for each row of `logits` [num_samples, vocab_size], int32 [num_samples].
 
-    Greedy rows take the first largest logit, which `argmax` finds. The others are filtered as
-    Hugging Face and vLLM do, temperature, then top-k, then top-p, and drawn by inverting the
-    cumulative distribution at one uniform number that depends on the row's seed, its index and the
-    output position alone.
+    Greedy rows take the first largest logit, which `argmax` finds (see `Operations`). The others
+    are filtered as Hugging Face and vLLM do, temperature, then top-k, then top-p, and drawn by
+    inverting the cumulative distribution at one uniform number that depends on the row's seed, its
+    index and the output position alone. Greedy or not, a row in which `argmax` finds none, for a
+    NaN or because the largest is infinite, gets `NO_TOKEN`.
     """
     tokens: TokenIds = argmax(logits).numpy().astype(np.int32)
     used, which = np.unique(samples.params_index, return_inverse=True)
     params = [samples.params[i] for i in used]
-    drawn = np.flatnonzero(~np.array([p.greedy for p in params], dtype=np.bool_)[which])
+    random = ~np.array([p.greedy for p in params], dtype=np.bool_)[which]
+    drawn = np.flatnonzero(random & (tokens != NO_TOKEN))
     if len(drawn):
         each = [params[i] for i in which[drawn]]
         numbers = uniform(

@@ -43,7 +43,7 @@ class StepScheduler(Protocol):
     def add(self, plan: PrefixPlan) -> list[FinishedSequence]:
         """Queue a window; the last one must be finished.
 
-        Returns the sequences that could not run even alone in the pool, with the reason "error".
+        Returns the sequences that could not run even alone in the pool, ended by `kv_memory`.
         """
         ...
 

@@ -1,6 +1,7 @@
 """What crosses between scheduler and runner: plain arrays."""
 
 from dataclasses import dataclass, fields
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,6 +9,8 @@ from numpy.typing import NDArray
 from batchllm.request import FinishReason, SamplingParams, TokenIds
 
 Ints = NDArray[np.int64]
+NO_TOKEN = -1  # in a sampled token's place; so `Operations.argmax` gives it too
+Ending = Literal["stop", "length", "kv_memory", "nan_logits"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +99,18 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """The sampled token of every sample of the batch's last step, int32 [num_samples]."""
+    """The sampled token of every sample of the batch's last step, int32 [num_samples].
+
+    `NO_TOKEN` where none could be sampled, because the logits were not numbers to sample by.
+    """
 
     token_ids: TokenIds
+
+    @property
+    def failed(self) -> NDArray[np.bool_]:
+        """Which samples have no token, [num_samples]."""
+        missing: NDArray[np.bool_] = self.token_ids == NO_TOKEN
+        return missing
 
     def ends(self, eos_token_ids: frozenset[int]) -> NDArray[np.bool_]:
         """Which tokens end an answer; of those there are few, so one comparison each is least."""
@@ -110,12 +122,30 @@ class StepOutput:
 
 @dataclass(frozen=True, slots=True)
 class FinishedSequence:
-    """A leaf that is answered, for one row or for duplicates.
+    """A leaf that is answered or failed, for one row or for duplicates.
 
-    `num_fresh_prompt_tokens` of its prompt were computed for it; the rest had been for others.
+    `ending` is how; `kv_memory` and `nan_logits` are errors. `num_fresh_prompt_tokens` of its
+    prompt were computed for it; the rest had been for others.
     """
 
     leaf: int
     output_token_ids: TokenIds
-    finish_reason: FinishReason
+    ending: Ending
     num_fresh_prompt_tokens: int
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        """The ending as rows report it."""
+        match self.ending:
+            case "stop" | "length" as reason:
+                return reason
+            case _:
+                return "error"
+
+
+def endings(stopped: NDArray[np.bool_], failed: NDArray[np.bool_]) -> list[Ending]:
+    """How each ended that a step ended; who neither stopped nor failed is as long as it may be."""
+    return [
+        "nan_logits" if has_failed else "stop" if has_stopped else "length"
+        for has_stopped, has_failed in zip(stopped.tolist(), failed.tolist(), strict=True)
+    ]

@@ -9,11 +9,10 @@ from numpy.typing import NDArray
 from batchllm.cache.block_pool import BlockPool
 from batchllm.cache.block_table import BlockHolder, BlockTables
 from batchllm.prefix.plan import PrefixPlan
-from batchllm.request import FinishReason
 from batchllm.scheduler.admission import Admission
 from batchllm.scheduler.assemble import Work, assemble
 from batchllm.scheduler.base import SchedulerStats
-from batchllm.scheduler.batch import Batch, FinishedSequence, StepOutput
+from batchllm.scheduler.batch import Batch, Ending, FinishedSequence, StepOutput, endings
 from batchllm.scheduler.idle import IdleNodes
 from batchllm.scheduler.lengths import LengthEstimator
 from batchllm.scheduler.projection import Projection
@@ -67,7 +66,7 @@ class Scheduler:
     def add(self, plan: PrefixPlan) -> list[FinishedSequence]:
         """Queue a window; the last one must be finished.
 
-        Returns the sequences that could not run even alone in the pool, with the reason "error".
+        Returns the sequences that could not run even alone in the pool, ended by `kv_memory`.
         """
         assert not self.has_unfinished, "one window at a time"
         state = self._state = Segments(plan, self._max_model_len)
@@ -95,7 +94,7 @@ class Scheduler:
         failed = order[~fits]
         self._projection.give_up(failed)
         self._unfinished.remove(failed)
-        return self._finished(failed, ["error"] * len(failed))
+        return self._finished(failed, ["kv_memory"] * len(failed))
 
     def blocks_alone(self, leaf: int) -> int:
         """Blocks a leaf's sequence needs to its longest end, with nothing else in the pool."""
@@ -145,7 +144,8 @@ class Scheduler:
         stopped = output.ends(self._eos_token_ids)
         if stopped.any():
             stopped &= ~state.ignore_eos[sequences]
-        done = stopped | (num_outputs >= state.max_tokens[sequences])
+        failed = output.failed
+        done = stopped | failed | (num_outputs >= state.max_tokens[sequences])
         ended = sequences[done]
         going_on = sequences[~done] if len(ended) else sequences
         self._running.decoding = going_on
@@ -154,14 +154,15 @@ class Scheduler:
             self._admission.revise(going_on[projection.start[going_on] >= projection.now])
         if len(ended) == 0:
             return []
-        learned = ended[~state.ignore_eos[ended]]
+        state.num_outputs[sequences[failed]] -= 1
+        learned = ended[~(state.ignore_eos[ended] | failed[done])]
         if len(learned):
             self.lengths.observe(state.num_outputs[learned], state.max_tokens[learned])
         projection.remove(ended)
         self._num_unfinished -= len(ended)
         self._release(ended, self._running.finish(ended))
         self._drop_finished(self._unfinished.remove(ended))
-        return self._finished(ended, ["stop" if stop else "length" for stop in stopped[done]])
+        return self._finished(ended, endings(stopped[done], failed[done]))
 
     def check(self) -> None:
         """Assert the books of pool, nodes and projection (for tests)."""
@@ -270,13 +271,13 @@ class Scheduler:
         longest = state.length[sequences] + state.max_tokens[sequences] - 1
         return state.blocks_above(size)[sequences] + -(-longest // size)
 
-    def _finished(self, sequences: Ints, reasons: Sequence[FinishReason]) -> list[FinishedSequence]:
+    def _finished(self, sequences: Ints, how: Sequence[Ending]) -> list[FinishedSequence]:
         state = self._state
         columns = (sequences, state.leaf[sequences], state.num_outputs[sequences])
         fresh = state.num_fresh[sequences].tolist()
         return [
-            FinishedSequence(leaf, state.outputs.take(sequence, count), reason, num_fresh)
-            for sequence, leaf, count, num_fresh, reason in zip(
-                *(column.tolist() for column in columns), fresh, reasons, strict=True
+            FinishedSequence(leaf, state.outputs.take(sequence, count), ending, num_fresh)
+            for sequence, leaf, count, num_fresh, ending in zip(
+                *(column.tolist() for column in columns), fresh, how, strict=True
             )
         ]

@@ -8,15 +8,17 @@ from numpy.typing import NDArray
 from batchllm.cache.lru_cache import LRUBlockCache
 from batchllm.prefix.plan import PrefixPlan
 from batchllm.prefix.sorting import common_prefix_lengths, sort_sequences
-from batchllm.request import FinishReason, RaggedTokens, TokenIds
+from batchllm.request import RaggedTokens, TokenIds
 from batchllm.scheduler.base import SchedulerStats
 from batchllm.scheduler.batch import (
     Batch,
     Chunks,
+    Ending,
     FinishedSequence,
     Samples,
     SharedReads,
     StepOutput,
+    endings,
 )
 from batchllm.scheduler.state import OutputTokens
 
@@ -63,7 +65,7 @@ class StreamingScheduler:
     def add(self, plan: PrefixPlan) -> list[FinishedSequence]:
         """Queue a window planned without sharing, so that leaf i is row i.
 
-        Returns the rows that could not run even alone in the pool, with the reason "error".
+        Returns the rows that could not run even alone in the pool, ended by `kv_memory`.
         """
         assert not self.has_unfinished, "one window at a time"
         assert plan.tree.num_nodes == 0, "a streaming engine knows no tree"
@@ -84,7 +86,7 @@ class StreamingScheduler:
         alone = -(-(self._length + self._max_tokens - 1) // size)
         fits = alone <= self.cache.num_blocks
         self._waiting.extend(plan.leaf_order[fits[plan.leaf_order]].tolist())
-        return [self._finished(row, "error") for row in np.flatnonzero(~fits).tolist()]
+        return [self._finished(row, "kv_memory") for row in np.flatnonzero(~fits).tolist()]
 
     def blocks_alone(self, leaf: int) -> int:
         """Blocks a row needs to its longest end, with nothing else in the pool."""
@@ -130,17 +132,21 @@ class StreamingScheduler:
             self._outputs.put(rows, num_outputs - 1, output.token_ids)
         self._num_outputs[rows] = num_outputs
         stopped = output.ends(self._eos_token_ids) & ~self._ignore_eos[rows]
-        done = stopped | (num_outputs >= self._max_tokens[rows])
+        failed = output.failed
+        done = stopped | failed | (num_outputs >= self._max_tokens[rows])
         ended = rows[done]
         if len(ended) == 0:
             return []
+        self._num_outputs[rows[failed]] -= 1
         for row in ended.tolist():
             self._let_go(row)
         self._has_ended[ended] = True
         self._running = self._running[~self._has_ended[self._running]]
         return [
-            self._finished(row, "stop" if stop else "length")
-            for row, stop in zip(ended.tolist(), stopped[done].tolist(), strict=True)
+            self._finished(row, ending)
+            for row, ending in zip(
+                ended.tolist(), endings(stopped[done], failed[done]), strict=True
+            )
         ]
 
     def check(self) -> None:
@@ -287,11 +293,11 @@ class StreamingScheduler:
             table[: len(ids)] = ids
         return tables
 
-    def _finished(self, row: int, reason: FinishReason) -> FinishedSequence:
+    def _finished(self, row: int, ending: Ending) -> FinishedSequence:
         return FinishedSequence(
             leaf=row,
             output_token_ids=self._outputs.take(row, int(self._num_outputs[row])),
-            finish_reason=reason,
+            ending=ending,
             num_fresh_prompt_tokens=int(self._num_fresh[row]),
         )
 

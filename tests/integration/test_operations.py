@@ -62,6 +62,21 @@ def test_argmax_is_the_first_of_the_largest(target, dtype, rows):
     assert got.tolist() == np.argmax(np.array(rows), axis=1).tolist()
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("target", TARGETS)
+@given(st.data())
+@settings(max_examples=50, deadline=None)
+def test_argmax_finds_none_where_logits_are_unusable_as_torch_does(target, dtype, data):
+    values = st.sampled_from([1.0, 2.0, -torch.inf] * 9 + [torch.inf, torch.nan])
+    width = data.draw(st.integers(1, 40))
+    row = st.lists(values, min_size=width, max_size=width)
+    logits = torch.tensor(data.draw(st.lists(row, min_size=1, max_size=5))).to(dtype)
+    usable = ~logits.isnan().any(1) & logits.amax(1).isfinite()
+    expected = torch.where(usable, logits.argmax(1), -1).tolist()
+    assert NativeOperations(load_kernels(target)).argmax(logits).tolist() == expected
+    assert TorchOperations().argmax(logits).tolist() == expected
+
+
 @pytest.mark.skipif(not can_pack(), reason="this torch packs no weights here")
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [1, 17, 300])

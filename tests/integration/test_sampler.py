@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from batchllm.models.operations import TorchOperations
 from batchllm.request import SamplingParams
 from batchllm.sampling import sampler
 from batchllm.sampling.random import uniform
-from batchllm.sampling.sampler import sample_tokens
-from batchllm.scheduler.batch import Samples
+from batchllm.scheduler.batch import NO_TOKEN, Samples
 
 
 def make_samples(each, rows=None, positions=None):
@@ -21,6 +21,10 @@ def make_samples(each, rows=None, positions=None):
 
 def samples(count, **params):
     return make_samples([SamplingParams(**params)] * count)
+
+
+def sample_tokens(logits, samples):
+    return sampler.sample_tokens(logits, samples, TorchOperations().argmax)
 
 
 def test_random_numbers_are_uniform_and_independent():
@@ -86,3 +90,21 @@ def test_a_row_draws_the_same_whatever_the_batch():
 def test_tiny_temperature_is_nearly_greedy():
     logits = torch.tensor([[1.0, 2.0, 0.5]])
     assert sample_tokens(logits, samples(1, temperature=1e-4)).tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    "params", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 3}, {"top_p": 0.5}]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_without_usable_logits_get_no_token_and_cost_no_other(params, dtype):
+    logits = torch.randn(7, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
+    good = sample_tokens(logits, samples(7, **params))
+    logits[1, 17] = torch.nan
+    logits[2] = torch.nan
+    logits[4, 39] = torch.inf
+    logits[5] = -torch.inf
+    logits[6] = logits[6].masked_fill(logits[6] < logits[6].max(), -torch.inf)
+    got = sample_tokens(logits, samples(7, **params))
+    assert got[[1, 2, 4, 5]].tolist() == [NO_TOKEN] * 4
+    assert got[[0, 3]].tolist() == good[[0, 3]].tolist()
+    assert got[6] == logits[6].argmax()

@@ -4,7 +4,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scheduling import EOS, MAX_MODEL_LEN, ROWS, CheckingEngine, expected_answer, requests
+from scheduling import (
+    EOS,
+    MAX_MODEL_LEN,
+    POISONED_ROWS,
+    ROWS,
+    CheckingEngine,
+    expected_answer,
+    expected_ending,
+    is_poisoned,
+    requests,
+)
 
 from batchllm.cache.block_pool import BlockPool
 from batchllm.engine import Engine
@@ -15,7 +25,18 @@ from batchllm.scheduler.batch import StepOutput
 from batchllm.scheduler.scheduler import Scheduler
 
 
-def run(reqs, *, num_blocks, block_size=4, budget=16, max_num_seqs=64, policy="ratio", share=True):
+def run(
+    reqs,
+    *,
+    num_blocks,
+    block_size=4,
+    budget=16,
+    max_num_seqs=64,
+    policy="ratio",
+    share=True,
+    observed=(),
+    fails=lambda context: False,
+):
     plan = plan_requests(reqs, policy=policy, sharing=share)
     pool = BlockPool(num_blocks, block_size)
     scheduler = Scheduler(
@@ -25,7 +46,9 @@ def run(reqs, *, num_blocks, block_size=4, budget=16, max_num_seqs=64, policy="r
         max_num_seqs=max_num_seqs,
         eos_token_ids=EOS,
     )
-    runner = FakeRunner(num_blocks, block_size)
+    if observed:
+        scheduler.lengths.observe(*map(np.array, observed))
+    runner = FakeRunner(num_blocks, block_size, fails=fails)
     answers = {}
     tree = plan.tree
     for sequence in CheckingEngine(scheduler, runner).run(plan):
@@ -34,6 +57,18 @@ def run(reqs, *, num_blocks, block_size=4, budget=16, max_num_seqs=64, policy="r
             answers[int(row)] = sequence
     assert pool.num_used == 0, "blocks left behind"
     return plan, answers, scheduler, runner
+
+
+def least_blocks(plan, block_size):
+    """The least that fits every row."""
+    probe = Scheduler(
+        BlockPool(10_000, block_size),
+        max_model_len=MAX_MODEL_LEN,
+        max_num_batched_tokens=1,
+        max_num_seqs=1,
+    )
+    assert probe.add(plan) == []
+    return max(probe.blocks_alone(leaf) for leaf in range(plan.tree.num_leaves))
 
 
 @given(
@@ -51,19 +86,10 @@ def test_every_row_is_answered_right_whatever_the_memory(
     rows, block_size, spare, budget, max_num_seqs, policy, share, ignore_eos
 ):
     reqs = requests(rows, ignore_eos=ignore_eos)
-    probe = Scheduler(
-        BlockPool(10_000, block_size),
-        max_model_len=MAX_MODEL_LEN,
-        max_num_batched_tokens=1,
-        max_num_seqs=1,
-    )
     plan = plan_requests(reqs, policy=policy, sharing=share)
-    assert probe.add(plan) == []
-    # The least that fits every row:
-    need = max(probe.blocks_alone(leaf) for leaf in range(plan.tree.num_leaves))
     _, answers, scheduler, runner = run(
         reqs,
-        num_blocks=need + spare,
+        num_blocks=least_blocks(plan, block_size) + spare,
         block_size=block_size,
         budget=budget,
         max_num_seqs=max_num_seqs,
@@ -90,6 +116,45 @@ def test_every_row_is_answered_right_whatever_the_memory(
         assert scheduler.stats.preemptions == 0
         assert scheduler.stats.recomputed_tokens == 0
         assert scheduler.stats.computed_prompt_tokens == plan.tree.num_tokens
+
+
+@given(
+    rows=POISONED_ROWS,
+    copies=st.integers(1, 2),
+    block_size=st.integers(1, 5),
+    spare=st.integers(0, 10),
+    budget=st.integers(1, 40),
+    policy=st.sampled_from(["ratio", "dfs", "table-order"]),
+    share=st.booleans(),
+)
+@settings(max_examples=300, deadline=None)
+def test_rows_without_usable_logits_fail_and_no_others(
+    rows, copies, block_size, spare, budget, policy, share
+):
+    """Whatever is shared, chunked, preempted (lengths learned are too short) or there twice."""
+    rows = rows * copies
+    reqs = requests(rows)
+    plan = plan_requests(reqs, policy=policy, sharing=share)
+    _, answers, _, _ = run(
+        reqs,
+        num_blocks=least_blocks(plan, block_size) + spare,
+        block_size=block_size,
+        budget=budget,
+        policy=policy,
+        share=share,
+        observed=([1] * 30, [16] * 30),
+        fails=is_poisoned,
+    )
+    for i, (prompt, max_tokens) in enumerate(rows):
+        got = answers[i]
+        assert (got.ending, got.output_token_ids.tolist()) == expected_ending(prompt, max_tokens)
+
+
+def test_a_failed_rows_length_is_not_learned_from():
+    rows = [([2, i], 9) for i in range(3, 40)]
+    _, answers, scheduler, _ = run(requests(rows), num_blocks=50, fails=is_poisoned)
+    assert {a.finish_reason for a in answers.values()} == {"error"}
+    assert not scheduler.lengths.knows
 
 
 @given(

@@ -2,7 +2,17 @@
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scheduling import EOS, MAX_MODEL_LEN, ROWS, CheckingEngine, expected_answer, requests
+from scheduling import (
+    EOS,
+    MAX_MODEL_LEN,
+    POISONED_ROWS,
+    ROWS,
+    CheckingEngine,
+    expected_answer,
+    expected_ending,
+    is_poisoned,
+    requests,
+)
 
 from batchllm.cache.lru_cache import LRUBlockCache
 from batchllm.prefix.plan import plan_requests
@@ -11,7 +21,11 @@ from batchllm.runner.fake_runner import FakeRunner
 from batchllm.scheduler.streaming import StreamingScheduler, block_keys
 
 
-def run(rows, *, num_blocks, block_size, budget=16, max_num_seqs=8, **params):
+def never(context):
+    return False
+
+
+def run(rows, *, num_blocks, block_size, budget=16, max_num_seqs=8, fails=never, **params):
     plan = plan_requests(requests(rows, **params), policy="table-order", sharing=False)
     scheduler = StreamingScheduler(
         num_blocks,
@@ -21,7 +35,7 @@ def run(rows, *, num_blocks, block_size, budget=16, max_num_seqs=8, **params):
         max_num_seqs=max_num_seqs,
         eos_token_ids=EOS,
     )
-    runner = FakeRunner(num_blocks, block_size)
+    runner = FakeRunner(num_blocks, block_size, fails=fails)
     done = {s.leaf: s for s in CheckingEngine(scheduler, runner).run(plan)}
     assert scheduler.cache.num_free == num_blocks
     return done, scheduler
@@ -55,6 +69,16 @@ def test_every_row_is_answered_right_whatever_the_memory(
     fresh = sum(s.num_fresh_prompt_tokens for s in done.values())
     assert fresh <= sum(len(p) for p, _ in rows)
     assert scheduler.stats.computed_prompt_tokens >= fresh
+
+
+@given(rows=POISONED_ROWS, block_size=st.integers(1, 5), spare=st.integers(0, 30))
+@settings(max_examples=100, deadline=None)
+def test_rows_without_usable_logits_fail_and_no_others(rows, block_size, spare):
+    longest = max(min(len(p) + m - 1, MAX_MODEL_LEN) for p, m in rows)
+    num_blocks = -(-longest // block_size) + spare
+    done, _ = run(rows, num_blocks=num_blocks, block_size=block_size, fails=is_poisoned)
+    for i, row in enumerate(rows):
+        assert (done[i].ending, done[i].output_token_ids.tolist()) == expected_ending(*row)
 
 
 @given(

@@ -63,7 +63,7 @@ void silu_and_multiply(int64_t rows, int64_t size, const void* gate_up, void* ou
     }
 }
 
-// The first of each row's largest values.
+// The first of each row's largest values; -1 where there is a NaN, or the largest is infinite.
 template <typename T>
 void argmax(int64_t rows, int64_t size, const void* values, int32_t* out) {
     typedef typename T::Value Value;
@@ -72,13 +72,14 @@ void argmax(int64_t rows, int64_t size, const void* values, int32_t* out) {
     for (int64_t i = 0; i < rows; i++) {
         const Value* row = static_cast<const Value*>(values) + i * size;
         Floats best = broadcast(-INFINITY);
-        Words where{}, lane;
+        Words where{}, lane, unordered{};
         for (int j = 0; j < W; j++) lane[j] = j;
         for (int64_t j = 0; j < whole; j += W) {
             const Floats x = T::widen(row + j);
             const Words more = x > best;
             best = more ? x : best;
             where = more ? lane + int32_t(j) : where;
+            unordered |= x != x;
         }
         float most = best[0];
         int32_t first = where[0];
@@ -92,7 +93,10 @@ void argmax(int64_t rows, int64_t size, const void* values, int32_t* out) {
                 most = T::get(row[j]);
                 first = int32_t(j);
             }
-        out[i] = first;
+        bool has_nan = false;
+        for (int j = 0; j < W; j++) has_nan |= unordered[j] != 0;
+        for (int64_t j = whole; j < size; j++) has_nan |= std::isnan(T::get(row[j]));
+        out[i] = has_nan || std::isinf(most) ? -1 : first;
     }
 }
 
