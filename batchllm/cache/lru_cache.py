@@ -78,6 +78,14 @@ class LRUBlockCache:
             key_of[block] = key
             known.setdefault(key, block)
 
+    def forget(self) -> None:
+        """Let no block be found any more; nobody uses one."""
+        assert self.num_free == self.num_blocks, "blocks are in use"
+        self._block.clear()
+        self._key = [_NO_KEY] * self.num_blocks
+        self._blank += self._unused
+        self._unused.clear()
+
     def release(self, blocks: Sequence[int], num_full: int) -> None:
         """Stop using blocks, in the order of their tokens, of which the first `num_full` are full.
 

@@ -76,6 +76,7 @@ class StreamingScheduler:
         ignore = np.array([p.ignore_eos for p in plan.params], dtype=np.bool_)
         self._ignore_eos = ignore[plan.params_index]
         self._keys = block_keys(plan.tokens, size)
+        self.cache.forget()  # keys are a window's own
         self._num_computed = np.zeros(count, dtype=np.int64)
         self._num_outputs = np.zeros(count, dtype=np.int64)
         self._num_fresh = np.zeros(count, dtype=np.int64)

@@ -81,6 +81,20 @@ def test_rows_without_usable_logits_fail_and_no_others(rows, block_size, spare):
         assert (done[i].ending, done[i].output_token_ids.tolist()) == expected_ending(*row)
 
 
+def test_a_window_finds_nothing_of_the_one_before():
+    scheduler = StreamingScheduler(
+        40, 4, max_model_len=MAX_MODEL_LEN, max_num_batched_tokens=16, max_num_seqs=8
+    )
+    runner = FakeRunner(40, 4)
+    for first in (0, 1, 0):
+        rows = [([first] * 9 + [i], 5) for i in range(6)]
+        plan = plan_requests(requests(rows), policy="table-order", sharing=False)
+        done = {s.leaf: s for s in CheckingEngine(scheduler, runner).run(plan)}
+        for i, row in enumerate(rows):
+            answer = done[i].output_token_ids.tolist()
+            assert answer == expected_answer(*row, ignore_eos=True)
+
+
 @given(
     st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=12), min_size=1, max_size=20),
     st.integers(1, 4),
