@@ -11,10 +11,11 @@ import pyarrow as pa
 
 from batchllm.config import EngineConfig
 from batchllm.engine import Engine
-from batchllm.errors import UsageError
+from batchllm.errors import OutOfMemoryError, UsageError
 from batchllm.io.answers import AnswerColumns
 from batchllm.metrics import Metrics
 from batchllm.models.checkpoint import Checkpoint, open_model
+from batchllm.outputs import count, failed_output, row_outputs
 from batchllm.prefix.plan import PrefixPlan, plan_requests, reorder
 from batchllm.prefix.policies.registry import AUTO, STREAMING, check_policy
 from batchllm.prefix.policies.sample import sample_first
@@ -23,7 +24,7 @@ from batchllm.prompting import choose_max_model_len, prompt_builder
 from batchllm.request import Request, RequestOutput, RowError, SamplingParams
 from batchllm.runner.load import load_runner
 from batchllm.runner.timed import Clock
-from batchllm.scheduler.base import SchedulerStats, StepScheduler
+from batchllm.scheduler.base import StepScheduler
 from batchllm.scheduler.batch import Batch, FinishedSequence
 from batchllm.scheduler.factory import SchedulerLimits, make_scheduler
 from batchllm.scheduler.lengths import LengthEstimator
@@ -36,7 +37,7 @@ from batchllm.text.prompts import PromptBatch, PromptSpec
 
 Prompt = str | Sequence[int]
 _KEEP_SECONDS = 0.5  # between two times that answers are handed over while a window runs
-_NO_TOKENS = np.zeros(0, dtype=np.int32)
+_TRIES = 5  # for a window, each with half the memory of the one before
 
 
 class LLM:
@@ -76,7 +77,14 @@ class LLM:
         self.threads = loaded.threads
         self.attention = loaded.attention
         self._slower = loaded.slower
-        self.num_kv_blocks = loaded.num_blocks
+        self._wanted_kv_blocks = loaded.wanted_blocks
+        self.limits = SchedulerLimits(
+            num_blocks=loaded.num_blocks,
+            block_size=self.config.block_size,
+            max_model_len=self.max_model_len,
+            max_num_batched_tokens=self.config.max_num_batched_tokens,
+            max_num_seqs=self.config.max_num_seqs,
+        )
         self.runner = loaded.runner
         self._lengths = LengthEstimator()
         self.shape = shape_of(model.config, loaded.dtype)
@@ -198,17 +206,26 @@ class LLM:
             One output for each request and error, by row index; where it stopped, of those that
             were finished.
         """
-        outputs = [_failed(row, error) for row, error in (errors or {}).items()]
+        outputs = [failed_output(row, error) for row, error in (errors or {}).items()]
         self.metrics.rows += len(outputs)
         self.metrics.failed += len(outputs)
         if progress:
             progress.finish_rows(len(outputs))
-        started = time.perf_counter()
-        plan = self._plan(requests)
-        planned = time.perf_counter()
-        outputs += self._run(plan, progress, keep, should_stop)
-        self.metrics.plan_seconds += planned - started
-        self.metrics.engine_seconds += time.perf_counter() - planned
+        left = list(requests)
+        for attempt in range(_TRIES):
+            if attempt:
+                self._shrink(progress)
+            done = self._plan_and_run(left, progress, keep, should_stop)
+            outputs += done
+            if len(done) == len(left) or should_stop():
+                break
+            answered = {output.row_index for output in done}
+            left = [request for request in left if request.row_index not in answered]
+        else:
+            raise OutOfMemoryError(
+                f"memory ran out {_TRIES} times, the last with {self.kv_memory / 2**20:,.0f} MiB "
+                "for KV; free some, or give less with --kv-memory and --max-num-batched-tokens"
+            )
         self.metrics.windows += 1
         return sorted(outputs, key=lambda o: o.row_index)
 
@@ -219,6 +236,21 @@ class LLM:
         batch = prompt_builder(self.checkpoint, self.config, spec, rules).build(table)
         self.metrics.prompt_seconds += time.perf_counter() - started
         return batch
+
+    def _plan_and_run(
+        self,
+        requests: Sequence[Request],
+        progress: Progress | None,
+        keep: Callable[[list[RequestOutput]], None] | None,
+        should_stop: Callable[[], bool],
+    ) -> list[RequestOutput]:
+        started = time.perf_counter()
+        plan = self._plan(requests)
+        planned = time.perf_counter()
+        outputs = self._run(plan, progress, keep, should_stop)
+        self.metrics.plan_seconds += planned - started
+        self.metrics.engine_seconds += time.perf_counter() - planned
+        return outputs
 
     def _plan(self, requests: Sequence[Request]) -> PrefixPlan:
         policy, sharing = self.config.policy, self.config.sharing
@@ -233,6 +265,11 @@ class LLM:
         if self._lengths.knows or all(p.ignore_eos for p in plan.params):
             return plan
         return replace(plan, leaf_order=sample_first(plan.tree, plan.leaf_order))
+
+    @property
+    def num_kv_blocks(self) -> int:
+        """Blocks of the KV cache."""
+        return self.limits.num_blocks
 
     @property
     def num_kv_tokens(self) -> int:
@@ -255,6 +292,9 @@ class LLM:
         warnings = [
             self.threads.warning,
             self._slower and f"much slower than need be: {self._slower}",
+            self.num_kv_blocks < self._wanted_kv_blocks
+            and f"the system gave {self.num_kv_blocks / self._wanted_kv_blocks:.0%} of what was to "
+            "be KV memory; a limit may be set for the process (ulimit -v)",
         ]
         return "\n".join([line, *(f"warning: {warning}" for warning in warnings if warning)])
 
@@ -263,17 +303,6 @@ class LLM:
         eos = frozenset(self.tokenizer.eos_token_ids)
         return make_scheduler(self.config.policy, self.limits, eos, self._lengths)
 
-    @property
-    def limits(self) -> SchedulerLimits:
-        """What its scheduler may use."""
-        return SchedulerLimits(
-            num_blocks=self.num_kv_blocks,
-            block_size=self.config.block_size,
-            max_model_len=self.max_model_len,
-            max_num_batched_tokens=self.config.max_num_batched_tokens,
-            max_num_seqs=self.config.max_num_seqs,
-        )
-
     def _run(
         self,
         plan: PrefixPlan,
@@ -281,6 +310,7 @@ class LLM:
         keep: Callable[[list[RequestOutput]], None] | None,
         should_stop: Callable[[], bool],
     ) -> list[RequestOutput]:
+        """Outputs of all rows, or of those finished when it was to stop or memory ran out."""
         rows = plan.tree.row_counts()
         on_step: Callable[[Batch], None] = progress.on_step if progress else lambda batch: None
         if progress:
@@ -290,6 +320,10 @@ class LLM:
         finished: list[FinishedSequence] = []
         outputs: list[RequestOutput] = []
         kept_at, num_kept = time.monotonic(), 0
+
+        def make(sequences: list[FinishedSequence]) -> list[RequestOutput]:
+            return row_outputs(plan, sequences, self.tokenizer, scheduler, self.limits)
+
         try:
             for done in Engine(scheduler, self.runner, on_step=on_step).steps(plan):
                 finished += done
@@ -298,80 +332,33 @@ class LLM:
                 if should_stop():
                     break
                 if keep and time.monotonic() - kept_at > _KEEP_SECONDS:
-                    outputs += (new := self._outputs(plan, finished[num_kept:]))
+                    outputs += (new := make(finished[num_kept:]))
                     keep(new)
                     kept_at, num_kept = time.monotonic(), len(finished)
+        except OutOfMemoryError:
+            pass  # the caller sees who is missing
         except BaseException:  # it leaves sequences behind; the next window starts clean
             self._scheduler = self.new_scheduler()
             raise
         if scheduler.has_unfinished:
             self._scheduler = self.new_scheduler()
-        outputs += self._outputs(plan, finished[num_kept:])
-        self._count(plan, finished, outputs, scheduler, before)
+        outputs += make(finished[num_kept:])
+        stats = scheduler.stats.since(before)
+        self.metrics.add(count(plan, finished, outputs, stats, scheduler.peak_kv_blocks))
         return outputs
 
-    def _outputs(self, plan: PrefixPlan, finished: list[FinishedSequence]) -> list[RequestOutput]:
-        """One output a row; the duplicates of a leaf all get its answer."""
-        texts = self.tokenizer.decode_batch([s.output_token_ids for s in finished])
-        outputs = []
-        tree = plan.tree
-        for sequence, text in zip(finished, texts, strict=True):
-            error = self._error(sequence)
-            begin, end = tree.row_offsets[sequence.leaf : sequence.leaf + 2].tolist()
-            length = int(tree.leaf_length[sequence.leaf])
-            for index, row in enumerate(tree.rows[begin:end].tolist()):
-                fresh = sequence.num_fresh_prompt_tokens if index == 0 else 0
-                outputs.append(
-                    RequestOutput(
-                        row_index=int(plan.row_index[row]),
-                        text=None if error else text,
-                        output_token_ids=sequence.output_token_ids,
-                        finish_reason=sequence.finish_reason,
-                        prompt_tokens=length,
-                        cached_tokens=0 if error else length - fresh,
-                        error=error,
-                    )
-                )
-        return outputs
-
-    def _error(self, sequence: FinishedSequence) -> RowError | None:
-        match sequence.ending:
-            case "kv_memory" as code:
-                return RowError(code, self._does_not_fit(sequence.leaf))
-            case "nan_logits" as code:
-                return RowError(code, _nan_logits(sequence))
-            case _:
-                return None
-
-    def _does_not_fit(self, leaf: int) -> str:
-        size = self.config.block_size
-        needed = self._scheduler.blocks_alone(leaf)
-        return (
-            f"prompt and answer may need {needed * size:,} tokens of KV memory, there are "
-            f"{self.num_kv_blocks * size:,}; give more with --kv-memory or lower --max-tokens"
-        )
-
-    def _count(
-        self,
-        plan: PrefixPlan,
-        finished: list[FinishedSequence],
-        outputs: list[RequestOutput],
-        scheduler: StepScheduler,
-        before: SchedulerStats,
-    ) -> None:
-        metrics, stats = self.metrics, scheduler.stats.since(before)
-        metrics.rows += len(outputs)
-        metrics.failed += sum(o.error is not None for o in outputs)
-        metrics.duplicate_rows += len(outputs) - len(finished)
-        metrics.prompt_tokens += sum(o.prompt_tokens for o in outputs if o.error is None)
-        metrics.computed_prompt_tokens += stats.computed_prompt_tokens
-        metrics.repeated_last_tokens += plan.tree.num_repeated_tokens
-        metrics.recomputed_tokens += stats.recomputed_tokens
-        metrics.output_tokens += sum(o.output_tokens for o in outputs)
-        metrics.computed_output_tokens += sum(len(s.output_token_ids) for s in finished)
-        metrics.steps += stats.steps
-        metrics.preemptions += stats.preemptions
-        metrics.peak_kv_blocks = max(metrics.peak_kv_blocks, scheduler.peak_kv_blocks)
+    def _shrink(self, progress: Progress | None) -> None:
+        """Go on with half the KV memory and half as many tokens a step; all KV held is lost."""
+        num_blocks = self.runner.shrink(max(self.num_kv_blocks // 2, 1))
+        most = max(self.limits.max_num_batched_tokens // 2, 1)
+        self.limits = replace(self.limits, num_blocks=num_blocks, max_num_batched_tokens=most)
+        self._scheduler = self.new_scheduler()
+        self.metrics.pool_shrinks += 1
+        if progress:
+            progress.note(
+                f"memory ran out; going on with {self.kv_memory / 2**20:,.0f} MiB of KV memory and "
+                f"at most {most:,} tokens a step"
+            )
 
     def _generate_list(
         self,
@@ -397,23 +384,3 @@ class LLM:
             requests += [replace(r, sampling_params=each[r.row_index]) for r in made]
             errors |= failed
         return self.answer(sorted(requests, key=lambda r: r.row_index), errors)
-
-
-def _nan_logits(sequence: FinishedSequence) -> str:
-    return (
-        f"the model gave no numbers to choose answer token {len(sequence.output_token_ids) + 1} by "
-        "(NaN or infinite logits): something in the row makes it overflow, which --dtype float32 "
-        "may cure, or its weights are damaged"
-    )
-
-
-def _failed(row: int, error: RowError) -> RequestOutput:
-    return RequestOutput(
-        row_index=row,
-        text=None,
-        output_token_ids=_NO_TOKENS,
-        finish_reason="error",
-        prompt_tokens=0,
-        cached_tokens=0,
-        error=error,
-    )

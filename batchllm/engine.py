@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Protocol
 
+from batchllm.cache.memory import ran_out_of_memory
+from batchllm.errors import OutOfMemoryError
 from batchllm.prefix.plan import PrefixPlan
 from batchllm.scheduler.base import StepScheduler
 from batchllm.scheduler.batch import Batch, FinishedSequence, StepOutput
@@ -42,9 +44,18 @@ class Engine:
             yield self.step()
 
     def step(self) -> list[FinishedSequence]:
-        """One forward pass; returns the sequences it finished."""
+        """One forward pass; returns the sequences it finished.
+
+        Raises:
+            OutOfMemoryError: the runner had none for it; the sequences are lost to the scheduler.
+        """
         batch = self.scheduler.schedule()
-        output = self.runner.execute(batch)
+        try:
+            output = self.runner.execute(batch)
+        except Exception as error:
+            if ran_out_of_memory(error):
+                raise OutOfMemoryError(f"a step of {batch.num_tokens:,} tokens: {error}") from error
+            raise
         finished = self.scheduler.update(batch, output)
         self.on_step(batch)
         return finished

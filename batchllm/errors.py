@@ -30,6 +30,10 @@ class ModelError(BatchLLMError):
     """A model cannot be found or loaded."""
 
 
+class OutOfMemoryError(BatchLLMError):
+    """There is no memory for a step, or for as small a one as makes sense."""
+
+
 class MissingExtraError(BatchLLMError, ImportError):
     """An optional part is not installed; the message says which extra brings it."""
 

@@ -14,8 +14,9 @@ class Metrics:
     prompts and answers); `repeated_last_tokens` of them are the last tokens of prompts that other
     prompts continue or repeat, and `window_repeated_tokens` those of prefixes that several windows
     share. `output_tokens` are the rows' answers end to end, and
-    `computed_output_tokens` those sampled (duplicates are answered once). `peak_kv_blocks` is a
-    maximum, everything else a sum.
+    `computed_output_tokens` those sampled (duplicates are answered once). `pool_shrinks` says how
+    often memory ran out in a step and the KV pool was halved. `peak_kv_blocks` is a maximum,
+    everything else a sum.
     """
 
     rows: int = 0
@@ -30,6 +31,7 @@ class Metrics:
     computed_output_tokens: int = 0
     steps: int = 0
     preemptions: int = 0
+    pool_shrinks: int = 0
     peak_kv_blocks: int = 0
     windows: int = 0
     prompt_seconds: float = 0.0

@@ -1,5 +1,6 @@
-"""How much memory the KV cache may take."""
+"""How much memory the KV cache may take, and whether an error means that there is none."""
 
+import errno
 from pathlib import Path
 
 import psutil
@@ -8,6 +9,7 @@ from batchllm.cgroup import PROC, cgroup_dirs, read_int, read_text
 from batchllm.errors import UsageError
 
 _SHARE = 0.5  # of what is free once the weights are loaded; the rest is for tables and activations
+_TORCH_SAYS = ("can't allocate memory", "out of memory", "bad_alloc")  # it has no type for it
 # Beyond `memory.high` a cgroup is not killed but slowed down, until it has given memory back.
 _LIMITS = ("memory.max", "memory.high", "memory.limit_in_bytes")  # the last is version 1
 
@@ -60,3 +62,16 @@ def num_kv_blocks(kv_memory: int | None, block_bytes: int, free: int) -> int:
             "give more with --kv-memory"
         )
     return budget // block_bytes
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: in Python or numpy, in torch, or a map of memory."""
+    match error:
+        case MemoryError():
+            return True
+        case OSError():
+            return error.errno == errno.ENOMEM
+        case RuntimeError():
+            return any(sign in str(error) for sign in _TORCH_SAYS)
+        case _:
+            return False

@@ -33,8 +33,7 @@ class HashRunner:
         self, num_blocks: int, block_size: int, max_model_len: int, answer_token_ids: list[int]
     ) -> None:
         self._block_size = block_size
-        self._states: States = np.zeros(num_blocks * block_size, dtype=np.uint64)
-        self._is_due = np.zeros(num_blocks * block_size, dtype=np.bool_)  # in this step
+        self.shrink(num_blocks)
         self._powers: States = np.full(max_model_len, _BASE, dtype=np.uint64).cumprod()
         self._answers: TokenIds = np.array(answer_token_ids, dtype=np.int32)
 
@@ -62,6 +61,12 @@ class HashRunner:
         mixed = (mixed ^ (mixed >> np.uint64(30))) * _MIX
         mixed ^= mixed >> np.uint64(27)
         return StepOutput(self._answers[mixed % np.uint64(len(self._answers))])
+
+    def shrink(self, num_blocks: int) -> int:
+        """Go on with `num_blocks` of KV; all that is held is lost."""
+        self._states: States = np.zeros(num_blocks * self._block_size, dtype=np.uint64)
+        self._is_due = np.zeros(num_blocks * self._block_size, dtype=np.bool_)  # in this step
+        return num_blocks
 
     def _sources(self, batch: Batch) -> Ints:
         """The slot that each chunk goes on from, [num_chunks]; -1 where it begins its prompt."""

@@ -28,12 +28,15 @@ from batchllm.runner.torch_runner import TorchRunner
 class LoadedRunner:
     """A runner ready for steps, with `num_blocks` of KV; `dtype` is what `auto` came to.
 
+    `wanted_blocks` are more where the system did not give all the memory that was to be KV.
+
     `attention` names the backend; `slower` says why it is not the compiled one, where that was not
     the user's choice.
     """
 
     runner: TorchRunner | HashRunner
     num_blocks: int
+    wanted_blocks: int
     dtype: str
     threads: Threads
     attention: str
@@ -88,7 +91,7 @@ def load_runner(
         dtype=dtype,
     )
     runner = TorchRunner(model, cache, backend, operations, config.block_size)
-    return LoadedRunner(runner, num_blocks, name, threads, backend.name, slower)
+    return LoadedRunner(runner, cache.num_blocks, num_blocks, name, threads, backend.name, slower)
 
 
 def _num_blocks(
@@ -110,4 +113,4 @@ def _load_fake(
     shape = checkpoint.config
     num_blocks = _num_blocks(shape, config, max_model_len, torch.float32)
     runner = HashRunner(num_blocks, config.block_size, max_model_len, checkpoint.answer_token_ids)
-    return LoadedRunner(runner, num_blocks, shape.dtype, threads, "none", None)
+    return LoadedRunner(runner, num_blocks, num_blocks, shape.dtype, threads, "none", None)

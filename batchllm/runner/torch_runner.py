@@ -47,6 +47,11 @@ class TorchRunner:
             begin = end
         return StepOutput(tokens)
 
+    def shrink(self, num_blocks: int) -> int:
+        """Go on with `num_blocks` of KV, or as many as there are; all that is held is lost."""
+        self._cache.shrink(num_blocks)
+        return self._cache.num_blocks
+
     @torch.inference_mode()
     def logits(self, step: ModelInput) -> torch.Tensor:
         """Logits [num_samples, vocab_size] of the tokens to sample, in the model's dtype."""

@@ -36,10 +36,11 @@ ALLOWED = {
         *("errors", "request", "prefix", "cache", "scheduler", "simulate", "text", "progress"),
         "report",
     },
+    "outputs": {"errors", "request", "metrics", "prefix", "scheduler", "text"},
     "prompting": {"errors", "config", "models", "text"},
     "api": {
         *("errors", "request", "config", "metrics", "progress", "engine", "prefix", "cache"),
-        "prompting",
+        *("outputs", "prompting"),
         *("scheduler", "simulate", "runner", "models", "text", "io"),
     },
 }

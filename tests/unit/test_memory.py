@@ -4,7 +4,7 @@ import psutil
 import pytest
 from cgroups import FakeMachine
 
-from batchllm.cache.memory import free_memory, num_kv_blocks
+from batchllm.cache.memory import free_memory, num_kv_blocks, ran_out_of_memory
 from batchllm.errors import UsageError
 
 UNLIMITED_V1 = "9223372036854771712"
@@ -90,3 +90,12 @@ def test_more_used_than_allowed_is_nothing_free(machine):
     machine.write("memory.max", "1000")
     machine.write("memory.current", "1200")
     assert free_memory(machine.proc) == 0
+
+
+def test_errors_that_say_that_there_is_no_memory():
+    assert ran_out_of_memory(MemoryError())
+    assert ran_out_of_memory(OSError(12, "Cannot allocate memory"))
+    assert ran_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))
+    assert ran_out_of_memory(RuntimeError("std::bad_alloc"))
+    for other in (OSError(28, "No space left"), RuntimeError("shapes"), KeyboardInterrupt()):
+        assert not ran_out_of_memory(other)
