@@ -1,4 +1,4 @@
-"""The command line: run, plan, bench, inspect, models."""
+"""The command line: run, plan, bench, inspect, verify, models."""
 
 import json
 import sys
@@ -310,6 +310,28 @@ def inspect(
         if record.summary is not None:
             typer.echo(summary_text(record.summary))
         typer.echo(json.dumps(dict(record.identity), indent=2))
+
+
+@app.command()
+def verify(
+    output: Output,
+    source: Annotated[
+        str | None,
+        typer.Option("--input", help="Where the input is. [default: where it was]"),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check OUTPUT: every input row once, nothing damaged, files and records agree.
+
+    Exit codes: 0 all is well, 1 something is not; it says what.
+    """
+    with _errors_as_exit_codes("interrupted"):
+        from batchllm.verify import verify as check
+
+        verdict = check(output, source)
+        typer.echo(json.dumps(verdict.as_dict(), indent=2) if as_json else verdict.as_text())
+        if not verdict.is_good:
+            raise typer.Exit(FAILED)
 
 
 @models_app.callback(invoke_without_command=True)

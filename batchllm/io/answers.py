@@ -57,10 +57,21 @@ class AnswerColumns:
         facts = [pa.field(self.prefix + name, kind) for name, kind in _FACTS.items()]
         return pa.schema([pa.field(self.answer, pa.string()), *facts])
 
+    @classmethod
+    def of_output(cls, names: Sequence[str], output_column: str) -> "AnswerColumns":
+        """Those that an output with these columns has: they are the last."""
+        is_plain = list(names[-len(_FACTS) :]) == list(_FACTS)
+        return cls(output_column, "" if is_plain else f"{output_column}_")
+
     @property
     def error(self) -> str:
         """The column that says why a row has no answer."""
         return f"{self.prefix}error"
+
+    @property
+    def finish_reason(self) -> str:
+        """The column that says how an answer ended."""
+        return f"{self.prefix}finish_reason"
 
     def counters(self, table: pa.Table) -> dict[str, int]:
         """What can be counted from answers alone, by the names that `Metrics` has for it."""

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from batchllm.errors import OutputError
 from batchllm.io.durable import one_line_reason
 from batchllm.io.journal import journaled_rows
-from batchllm.io.layout import OutputLayout
+from batchllm.io.layout import FinishedFile, OutputLayout
 from batchllm.io.manifest import AnswersRecord, read_manifest
 
 
@@ -16,8 +16,9 @@ from batchllm.io.manifest import AnswersRecord, read_manifest
 class RunRecord:
     """One run as its output tells it.
 
-    `summary` is None while unfinished. `answers` are the files of answers that an unfinished run
-    has written; more of its rows may be finished, in its journal.
+    `columns` are the output's, name to type, in order. `summary` and `answers_sha256`, the
+    `ContentHash` of all answers, are None while unfinished. `answers` are the files of answers that
+    an unfinished run has written; more of its rows may be finished, in its journal.
     """
 
     path: Path
@@ -27,6 +28,8 @@ class RunRecord:
     num_rows: int
     num_finished_rows: int
     answers: tuple[AnswersRecord, ...]
+    columns: Mapping[str, str]
+    answers_sha256: str | None
 
 
 def read_run(path: str | Path) -> RunRecord:
@@ -43,30 +46,41 @@ def read_run(path: str | Path) -> RunRecord:
 
 def _read_run(layout: OutputLayout) -> RunRecord:
     if (done := layout.read_finished_file()) is not None:
-        num_rows = done.job.num_rows
-        return RunRecord(
-            layout.shown, "complete", done.job.identity, done.summary, num_rows, num_rows, ()
-        )
+        return _complete(layout, done)
     state = read_manifest(layout.manifest) if layout.work.is_dir() else None
     if state is None:
         missing = not layout.target.exists()
         raise OutputError(
             f"{layout.shown}: {'no such output' if missing else 'not written by batchllm'}"
         )
-    num_rows = state.job.num_rows
-    if state.finished is not None and all(layout.has(part) for part in state.finished.parts):
-        summary = state.finished.summary
-        return RunRecord(
-            layout.shown, "complete", state.job.identity, summary, num_rows, num_rows, ()
-        )
+    job, finished = state.job, state.finished
+    if finished is not None and all(layout.has(part) for part in finished.parts):
+        return _complete(layout, FinishedFile(job, finished.summary, finished.answers_sha256))
     answers = layout.intact_answers(state.answers)
+    # A process that died as it emptied its journal may have left in it what is on record.
+    num_finished = sum(record.num_rows for record in answers) + journaled_rows(layout.journal)
     return RunRecord(
-        layout.shown,
-        "unfinished",
-        state.job.identity,
-        None,
-        num_rows,
-        # A process that died as it emptied its journal may have left in it what is on record.
-        min(sum(record.num_rows for record in answers) + journaled_rows(layout.journal), num_rows),
-        tuple(answers),
+        path=layout.shown,
+        state="unfinished",
+        identity=job.identity,
+        summary=None,
+        num_rows=job.num_rows,
+        num_finished_rows=min(num_finished, job.num_rows),
+        answers=tuple(answers),
+        columns=job.columns,
+        answers_sha256=None,
+    )
+
+
+def _complete(layout: OutputLayout, done: FinishedFile) -> RunRecord:
+    return RunRecord(
+        path=layout.shown,
+        state="complete",
+        identity=done.job.identity,
+        summary=done.summary,
+        num_rows=done.job.num_rows,
+        num_finished_rows=done.job.num_rows,
+        answers=(),
+        columns=done.job.columns,
+        answers_sha256=done.answers_sha256,
     )

@@ -91,6 +91,8 @@ class ParquetInput:
     def content_hash(self) -> str:
         """Sha256 (hex) over each file's name below INPUT and its bytes, streamed.
 
+        A file's own name does not count where it is the only one.
+
         Raises:
             InputError: a file cannot be read.
         """
@@ -102,7 +104,9 @@ class ParquetInput:
                     digest = hashlib.file_digest(file, "sha256").digest()
             except OSError as error:
                 raise InputError(f"{path}: cannot be read: {one_line_reason(error)}") from error
-            name = part.source.name.encode("utf-8", "surrogateescape")
+            folder, _, own = part.source.name.rpartition("/")
+            shown = f"{folder}/{own if len(self._parts) > 1 else ''}"
+            name = shown.encode("utf-8", "surrogateescape")
             whole.update(len(name).to_bytes(8, "big") + name + digest)
         return whole.hexdigest()
 
