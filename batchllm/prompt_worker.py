@@ -2,8 +2,8 @@
 
 A thread would not do: rendering holds Python's lock, and every operation of the engine would wait
 for it. From the second window on the process has the lowest priority, so that it takes what the
-engine leaves; for the first, everybody waits. Where it cannot be started or dies, and for tables
-too small to be worth it, prompts are made here instead.
+engine leaves; for the first, everybody waits. Where it cannot be started, and for tables too small
+to be worth it, prompts are made here instead. A row that it dies of costs that row.
 """
 
 import os
@@ -18,11 +18,18 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
+from batchllm.request import RaggedTokens, RowError
 from batchllm.text.prompts import PromptBatch, PromptBuilder
 from batchllm.windows import Window
 
 _WORTH_ROWS = 1000  # starting a process takes as long as making the prompts of a few thousand rows
+_COMMAND = ["-m", "batchllm.prompt_worker"]
 _LOST = (OSError, EOFError, pickle.UnpicklingError)  # what a dead process makes of its pipes
+_NO_PROMPT = PromptBatch(
+    RaggedTokens.from_sequences([[]]),
+    {0: RowError("process_died", "the process that made this row's prompt died of it, twice")},
+    None,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,19 +62,47 @@ class PromptWorker:
         """The prompts of the table, as `PromptBuilder.build` makes them."""
         assert self._table is not None, "no table begun"
         table, self._table = self._table, None
-        if self._process is not None:
-            assert self._process.stdout is not None
-            try:
-                batch: PromptBatch = pickle.load(self._process.stdout)
-                return batch
-            except _LOST:
-                self._end_process()
-        return self._builder.build(table)
+        if self._process is None:
+            return self._builder.build(table)
+        return self._receive() or self._by_halves(table)
 
     def close(self) -> None:
         """End the process, whatever it is at; there will be no other."""
         self._is_closed = True
         self._end_process()
+
+    def _receive(self) -> PromptBatch | None:
+        """What the process made; None if it died."""
+        assert self._process is not None and self._process.stdout is not None
+        try:
+            batch: PromptBatch = pickle.load(self._process.stdout)
+            return batch
+        except _LOST:
+            self._end_process()
+            return None
+
+    def _try(self, table: pa.Table) -> PromptBatch | None:
+        """The table's prompts by a process, a new one if need be; None if it died."""
+        if self._process is None and not self._is_closed:
+            self._start()
+        self._send(table)
+        return None if self._process is None else self._receive()
+
+    def _by_halves(self, table: pa.Table) -> PromptBatch:
+        """The prompts of a table that a process died of, but for the row it dies of if it is one.
+
+        It takes two processes to blame a row: one died of it together with others, one of it alone.
+        """
+        if (batch := self._try(table)) is not None:
+            return batch
+        if self._try(table.slice(0, 0)) is None:  # no process lives here, whatever the rows
+            return self._builder.build(table)
+        if table.num_rows == 1:
+            return _NO_PROMPT
+        half = table.num_rows // 2
+        return PromptBatch.concat(
+            [self._by_halves(table.slice(0, half)), self._by_halves(table.slice(half))]
+        )
 
     def _end_process(self) -> None:
         process, self._process = self._process, None
@@ -78,7 +113,7 @@ class PromptWorker:
     def _start(self) -> None:
         with suppress(OSError):
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "batchllm.prompt_worker"],
+                [sys.executable, *_COMMAND],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 process_group=0,  # a terminal's interrupt is for us to handle

@@ -38,6 +38,27 @@ class PromptBatch:
     errors: dict[int, RowError]
     max_tokens: NDArray[np.int32] | None
 
+    @classmethod
+    def concat(cls, batches: Sequence["PromptBatch"]) -> "PromptBatch":
+        """All rows, one batch behind the other."""
+        starts = np.cumsum([0, *(len(batch.tokens) for batch in batches)]).tolist()
+        errors = {
+            start + row: error
+            for start, batch in zip(starts, batches, strict=False)
+            for row, error in batch.errors.items()
+        }
+        max_tokens = None
+        if any(batch.max_tokens is not None for batch in batches):
+            zeros = [np.zeros(len(batch.tokens), dtype=np.int32) for batch in batches]
+            limits = [b.max_tokens for b in batches]
+            max_tokens = np.concatenate(
+                [z if m is None else m for z, m in zip(zeros, limits, strict=True)]
+            )
+        lengths = np.concatenate([batch.tokens.lengths for batch in batches])
+        values = np.concatenate([batch.tokens.values for batch in batches])
+        tokens = RaggedTokens(values, np.concatenate([[0], np.cumsum(lengths)]))
+        return cls(tokens, errors, max_tokens)
+
     def requests(
         self, sampling_params: SamplingParams, row_index: NDArray[np.int64]
     ) -> tuple[list[Request], dict[int, RowError]]:

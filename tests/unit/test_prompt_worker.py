@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from contextlib import closing
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -57,6 +58,47 @@ def test_a_process_that_dies_costs_nothing(builder, after):
                 os.kill(worker._process.pid, signal.SIGKILL)
                 worker._process.wait()
             same(worker.finish(), builder.build(table))
+
+
+class Deadly(PromptBuilder):
+    """Its process dies of every row whose text is `deadly`, and where it may not live at all."""
+
+    def build(self, table):
+        if str(os.getpid()) != os.environ["TEST_PROCESS"] and "deadly" in table["t"].to_pylist():
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return super().build(table)
+
+    def __reduce__(self):
+        return Deadly, (self._spec, self._tokenizer, 60)
+
+
+@pytest.mark.parametrize("deadly", [[0, 3]])
+def test_a_row_that_the_process_dies_of_fails_alone(deadly, monkeypatch):
+    for folder in (Path(__file__).parents[1], Path(__file__).parent):
+        monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+    monkeypatch.setenv("TEST_PROCESS", str(os.getpid()))
+    spec = PromptSpec(prompt_column="t", max_tokens_column="n")
+    builder = Deadly(spec, tiny_tokenizer(), 60)
+    texts = ["deadly" if row in deadly else f"text {row}" for row in range(4)]
+    table = pa.table({"t": texts, "n": range(1, 5)})
+    with closing(PromptWorker(builder)) as worker:
+        worker.begin(table)
+        found = worker.finish()
+        assert [row for row, e in found.errors.items() if e.code == "process_died"] == deadly
+        expected = PromptBuilder(spec, tiny_tokenizer(), 60).build(table)
+        for row in set(range(4)) - set(deadly):
+            assert found.tokens[row].tolist() == expected.tokens[row].tolist()
+            assert found.max_tokens[row] == expected.max_tokens[row]
+        for row in deadly:
+            assert len(found.tokens[row]) == 0
+
+
+def test_processes_that_always_die_are_done_without(builder, monkeypatch):
+    monkeypatch.setattr("batchllm.prompt_worker._COMMAND", ["-c", "pass"])
+    with closing(PromptWorker(builder)) as worker:
+        (table,) = tables(1)
+        worker.begin(table)
+        same(worker.finish(), builder.build(table))
 
 
 def test_a_process_that_cannot_be_started_is_done_without(builder, monkeypatch):
