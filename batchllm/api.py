@@ -1,7 +1,7 @@
 """The one entry that the command line, Python and the integrations go through."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
@@ -34,9 +34,11 @@ from batchllm.simulate.saved import this_machine
 from batchllm.simulate.shape import shape_of
 from batchllm.text.field_order import ColumnRules, learn_field_order
 from batchllm.text.prompts import PromptBatch, PromptSpec
+from batchllm.watch import Watch
 
 Prompt = str | Sequence[int]
 _KEEP_SECONDS = 0.5  # between two times that answers are handed over while a window runs
+NOBODY = Watch()
 _TRIES = 5  # for a window, each with half the memory of the one before
 
 
@@ -168,7 +170,7 @@ class LLM:
         *,
         output_column: str = "answer",
         first_row: int = 0,
-        progress: Progress | None = None,
+        watch: Watch = NOBODY,
     ) -> pa.Table:
         """Answer the rows of one table, planned together; returns it with answer columns added.
 
@@ -182,25 +184,21 @@ class LLM:
         requests, errors = self._build(table, spec, rules).requests(
             sampling_params or SamplingParams(), rows
         )
-        return columns.append(table, self.answer(requests, errors, progress=progress))
+        return columns.append(table, self.answer(requests, errors, watch=watch))
 
     def answer(
         self,
         requests: Sequence[Request],
         errors: dict[int, RowError] | None = None,
         *,
-        progress: Progress | None = None,
-        keep: Callable[[list[RequestOutput]], None] | None = None,
-        should_stop: Callable[[], bool] = lambda: False,
+        watch: Watch = NOBODY,
     ) -> list[RequestOutput]:
-        """Answer requests, planned together; `errors` are rows that failed before.
+        """Answer requests, planned together.
 
         Args:
             requests: what to answer.
             errors: rows that failed before, by row index.
-            progress: told what is done.
-            keep: given each output soon after it is finished (but for the last ones), once.
-            should_stop: asked after every step.
+            watch: looks on, and may stop it.
 
         Returns:
             One output for each request and error, by row index; where it stopped, of those that
@@ -209,15 +207,15 @@ class LLM:
         outputs = [failed_output(row, error) for row, error in (errors or {}).items()]
         self.metrics.rows += len(outputs)
         self.metrics.failed += len(outputs)
-        if progress:
-            progress.finish_rows(len(outputs))
+        if watch.progress:
+            watch.progress.finish_rows(len(outputs))
         left = list(requests)
         for attempt in range(_TRIES):
             if attempt:
-                self._shrink(progress)
-            done = self._plan_and_run(left, progress, keep, should_stop)
+                self._shrink(watch.progress)
+            done = self._plan_and_run(left, watch)
             outputs += done
-            if len(done) == len(left) or should_stop():
+            if len(done) == len(left) or watch.should_stop():
                 break
             answered = {output.row_index for output in done}
             left = [request for request in left if request.row_index not in answered]
@@ -237,17 +235,11 @@ class LLM:
         self.metrics.prompt_seconds += time.perf_counter() - started
         return batch
 
-    def _plan_and_run(
-        self,
-        requests: Sequence[Request],
-        progress: Progress | None,
-        keep: Callable[[list[RequestOutput]], None] | None,
-        should_stop: Callable[[], bool],
-    ) -> list[RequestOutput]:
+    def _plan_and_run(self, requests: Sequence[Request], watch: Watch) -> list[RequestOutput]:
         started = time.perf_counter()
         plan = self._plan(requests)
         planned = time.perf_counter()
-        outputs = self._run(plan, progress, keep, should_stop)
+        outputs = self._run(plan, watch)
         self.metrics.plan_seconds += planned - started
         self.metrics.engine_seconds += time.perf_counter() - planned
         return outputs
@@ -303,19 +295,10 @@ class LLM:
         eos = frozenset(self.tokenizer.eos_token_ids)
         return make_scheduler(self.config.policy, self.limits, eos, self._lengths)
 
-    def _run(
-        self,
-        plan: PrefixPlan,
-        progress: Progress | None,
-        keep: Callable[[list[RequestOutput]], None] | None,
-        should_stop: Callable[[], bool],
-    ) -> list[RequestOutput]:
+    def _run(self, plan: PrefixPlan, watch: Watch) -> list[RequestOutput]:
         """Outputs of all rows, or of those finished when it was to stop or memory ran out."""
-        rows = plan.tree.row_counts()
-        on_step: Callable[[Batch], None] = progress.on_step if progress else lambda batch: None
-        if progress:
-            progress.start_window(plan)
-        scheduler = self._scheduler
+        tree, progress, scheduler = plan.tree, watch.progress, self._scheduler
+        num_rows = tree.row_counts()
         before = replace(scheduler.stats)
         finished: list[FinishedSequence] = []
         outputs: list[RequestOutput] = []
@@ -324,16 +307,25 @@ class LLM:
         def make(sequences: list[FinishedSequence]) -> list[RequestOutput]:
             return row_outputs(plan, sequences, self.tokenizer, scheduler, self.limits)
 
+        def tell_rows(batch: Batch) -> None:
+            if watch.before_step:
+                leaves = np.union1d(scheduler.running_leaves(), batch.samples.leaf)
+                watch.before_step(plan.rows_of(leaves))
+
+        engine = Engine(scheduler, self.runner, before_step=tell_rows)
+        if progress:
+            progress.start_window(plan)
+            engine.on_step = progress.on_step
         try:
-            for done in Engine(scheduler, self.runner, on_step=on_step).steps(plan):
+            for done in engine.steps(plan):
                 finished += done
                 if progress:
-                    progress.finish_rows(sum(int(rows[sequence.leaf]) for sequence in done))
-                if should_stop():
+                    progress.finish_rows(sum(int(num_rows[sequence.leaf]) for sequence in done))
+                if watch.should_stop():
                     break
-                if keep and time.monotonic() - kept_at > _KEEP_SECONDS:
+                if time.monotonic() - kept_at > _KEEP_SECONDS:
                     outputs += (new := make(finished[num_kept:]))
-                    keep(new)
+                    watch.keep(new)
                     kept_at, num_kept = time.monotonic(), len(finished)
         except OutOfMemoryError:
             pass  # the caller sees who is missing
@@ -346,6 +338,12 @@ class LLM:
         stats = scheduler.stats.since(before)
         self.metrics.add(count(plan, finished, outputs, stats, scheduler.peak_kv_blocks))
         return outputs
+
+    def run_at_most(self, max_num_seqs: int) -> None:
+        """Run so many sequences at once from the next window on."""
+        if max_num_seqs != self.limits.max_num_seqs:
+            self.limits = replace(self.limits, max_num_seqs=max_num_seqs)
+            self._scheduler = self.new_scheduler()
 
     def _shrink(self, progress: Progress | None) -> None:
         """Go on with half the KV memory and half as many tokens a step; all KV held is lost."""

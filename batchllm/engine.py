@@ -27,10 +27,12 @@ class Engine:
         scheduler: StepScheduler,
         runner: Runner,
         *,
+        before_step: Callable[[Batch], None] = lambda batch: None,
         on_step: Callable[[Batch], None] = lambda batch: None,
     ) -> None:
         self.scheduler = scheduler
         self.runner = runner
+        self.before_step = before_step
         self.on_step = on_step
 
     def run(self, plan: PrefixPlan) -> Iterator[FinishedSequence]:
@@ -50,6 +52,7 @@ class Engine:
             OutOfMemoryError: the runner had none for it; the sequences are lost to the scheduler.
         """
         batch = self.scheduler.schedule()
+        self.before_step(batch)
         try:
             output = self.runner.execute(batch)
         except Exception as error:

@@ -4,8 +4,10 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +21,21 @@ from batchllm.error_limit import NO_LIMIT, ErrorLimit
 from batchllm.errors import OutputError, UsageError
 from batchllm.interrupt import StopSignals
 from batchllm.io.answers import AnswerColumns
+from batchllm.io.in_flight import Suspects
 from batchllm.io.output import OutputStore
 from batchllm.io.parquet import ParquetInput
 from batchllm.io.sources import check_paths
 from batchllm.metrics import Metrics
 from batchllm.models.checkpoint import Checkpoint, open_model
+from batchllm.outputs import failed_output
 from batchllm.progress import Progress
 from batchllm.prompt_worker import PromptedWindow, PromptWorker, prompts_ahead
 from batchllm.prompting import choose_max_model_len, prompt_builder
-from batchllm.request import RequestOutput, SamplingParams
+from batchllm.request import RequestOutput, RowError, SamplingParams
 from batchllm.runner.dtype import choose_dtype
 from batchllm.text.field_order import learn_field_order
 from batchllm.text.prompts import PromptBuilder, PromptSpec
+from batchllm.watch import Watch
 from batchllm.windows import Windows
 
 DEFAULT_WINDOW_ROWS = 65_536
@@ -151,6 +156,14 @@ def job_identity(
 
 
 @dataclass(frozen=True, slots=True)
+class _Phase:
+    """Rows to answer, bool [num_rows]; `alone` if one at a time."""
+
+    wanted: NDArray[np.bool_]
+    alone: bool
+
+
+@dataclass(frozen=True, slots=True)
 class _Job:
     """A job whose output is begun; `limit` is how many failed rows it may have."""
 
@@ -182,32 +195,81 @@ class _Job:
             progress.close()
 
     def _answer(self, progress: Progress) -> LLM:
-        config, store = self.config, self.store
+        config, store, suspects = self.config, self.store, self.store.suspects
         builder = _learned_builder(config, self.source, self.checkpoint, len(store.finished))
-        num_left = int((~store.finished).sum())
-        if num_left > config.window_rows:
-            progress.note(f"sorting {num_left:,} rows into windows by their prompts")
-        windows = Windows(
-            self.source,
-            builder,
-            ~store.finished,
-            window_rows=config.window_rows,
-            scratch=store.scratch,
-        )
-        with closing(windows), closing(PromptWorker(builder)) as worker:
-            prompted = prompts_ahead(windows, worker)
-            llm = LLM(self.checkpoint, config.engine)
-            progress.note(f"{len(store.finished):,} rows, {llm.describe()}")
-            for one in prompted:
-                self._answer_window(llm, one, progress)
-                if self._is_over(store.num_failed):
-                    break
+        self._set_aside(suspects)
+        llm = None
+        with (
+            closing(PromptWorker(builder, always=suspects.has_crashed)) as worker,
+            closing(store.in_flight()) as in_flight,
+        ):
+            for phase in self._phases(progress):
+                windows = self._windows(builder, phase, progress)
+                with closing(windows):
+                    prompted = prompts_ahead(windows, worker)
+                    if llm is None:
+                        llm = LLM(self.checkpoint, config.engine)
+                        progress.note(f"{len(store.finished):,} rows, {llm.describe()}")
+                    llm.run_at_most(1 if phase.alone else config.engine.max_num_seqs)
+                    note = partial(in_flight.note, alone=phase.alone)
+                    for one in prompted:
+                        self._answer_window(llm, one, progress, note)
+                        if self._is_over(store.num_failed):
+                            return llm
+        assert llm is not None, "there is a phase for the rows left"
         return llm
 
-    def _answer_window(self, llm: LLM, one: PromptedWindow, progress: Progress) -> None:
+    def _phases(self, progress: Progress) -> Iterator[_Phase]:
+        """Rows that may have crashed an earlier process, one at a time; then the others."""
+        store = self.store
+        wanted = ~store.finished
+        suspects = store.suspects.but_for(store.finished)
+        if len(suspects.rows):
+            progress.note(
+                f"the process died ({suspects.reason}) with {len(suspects.rows):,} rows in flight; "
+                "they are answered first, one at a time"
+            )
+            are_suspects = np.zeros_like(wanted)
+            are_suspects[suspects.rows] = True
+            yield _Phase(are_suspects, alone=True)
+            wanted &= ~are_suspects
+        yield _Phase(wanted, alone=False)
+
+    def _set_aside(self, suspects: Suspects) -> None:
+        """Give an error to rows that crashed a process with nothing else in flight."""
+        if len(suspects.set_aside) == 0:
+            return
+        error = RowError(
+            "process_died",
+            f"the process died twice ({suspects.reason}) while it computed this row, the second "
+            "time with no other in flight",
+        )
+        table = self.columns.table([failed_output(int(row), error) for row in suspects.set_aside])
+        self.store.write_answers(suspects.set_aside, table, self.columns.counters(table))
+
+    def _windows(self, builder: PromptBuilder, phase: _Phase, progress: Progress) -> Windows:
+        window_rows = self.config.window_rows
+        if (num_rows := int(phase.wanted.sum())) > window_rows:
+            progress.note(f"sorting {num_rows:,} rows into windows by their prompts")
+        return Windows(
+            self.source,
+            builder,
+            phase.wanted,
+            window_rows=window_rows,
+            scratch=self.store.scratch,
+        )
+
+    def _answer_window(
+        self,
+        llm: LLM,
+        one: PromptedWindow,
+        progress: Progress,
+        note_rows: Callable[[NDArray[np.int64]], None],
+    ) -> None:
         """Answer a window, or the part of it that is finished when the job is asked to stop."""
         store, columns = self.store, self.columns
-        num_failed = store.num_failed
+        requests, errors = one.prompts.requests(self.config.sampling, one.window.rows.index)
+        num_failed = store.num_failed + len(errors)
         llm.metrics = Metrics(
             prompt_seconds=one.waited_seconds, window_repeated_tokens=one.window.repeated_tokens
         )
@@ -220,12 +282,9 @@ class _Job:
         def should_stop() -> bool:
             return self.stop.requested or self._is_over(num_failed)
 
-        requests, errors = one.prompts.requests(self.config.sampling, one.window.rows.index)
-        num_failed += len(errors)
+        watch = Watch(progress=progress, keep=keep, should_stop=should_stop, before_step=note_rows)
         with self.stop.waited_for():
-            outputs = llm.answer(
-                requests, errors, progress=progress, keep=keep, should_stop=should_stop
-            )
+            outputs = llm.answer(requests, errors, watch=watch)
             if outputs:
                 store.write_answers(_rows(outputs), columns.table(outputs), llm.metrics.as_dict())
         if self.stop.requested:

@@ -42,10 +42,14 @@ class PromptedWindow:
 
 
 class PromptWorker:
-    """A process that makes prompts of one table at a time."""
+    """A process that makes prompts of one table at a time.
 
-    def __init__(self, builder: PromptBuilder) -> None:
+    `always` has it make those of small tables too, where a row may be one that processes die of.
+    """
+
+    def __init__(self, builder: PromptBuilder, *, always: bool = False) -> None:
         self._builder = builder
+        self._worth_rows = 0 if always else _WORTH_ROWS
         self._table: pa.Table | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._is_closed = False
@@ -54,7 +58,7 @@ class PromptWorker:
         """Have a table's prompts made; `finish` must come before the next."""
         assert self._table is None, "one table at a time"
         self._table = table
-        if self._process is None and table.num_rows >= _WORTH_ROWS and not self._is_closed:
+        if self._process is None and table.num_rows >= self._worth_rows and not self._is_closed:
             self._start()
         self._send(table)
 

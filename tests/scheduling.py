@@ -23,7 +23,14 @@ POISONED_ROWS = tables([0, 1] * 9 + [2])
 
 
 class CheckingEngine(Engine):
-    """Checks the scheduler's books after every step."""
+    """Checks the scheduler's books after every step, and before it who is said to run."""
+
+    def __init__(self, scheduler, runner):
+        super().__init__(scheduler, runner, before_step=self.everybody_is_known)
+
+    def everybody_is_known(self, batch):
+        leaves = np.union1d(self.scheduler.running_leaves(), batch.samples.leaf)
+        assert len(leaves) == len(self.scheduler._running)
 
     def step(self):
         finished = super().step()

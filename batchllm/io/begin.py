@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from batchllm.errors import InputError, OutputError
 from batchllm.io.durable import OutputLock, fsync_dir
+from batchllm.io.in_flight import Suspects, read_suspects
 from batchllm.io.join import ROW_COLUMN, read_answers
 from batchllm.io.journal import Journal, read_journal
 from batchllm.io.layout import FinishedFile, OutputLayout
@@ -74,6 +75,7 @@ class BegunOutput:
         finished: which rows they are of, bool [num_rows].
         journaled: what an earlier process left in the journal, ascending, with nothing that is
             finished; None where there is nothing.
+        suspects: what crashes of earlier processes tell, of rows that are not finished.
         replaces: whether a complete output of the same job may be in the way.
     """
 
@@ -84,6 +86,7 @@ class BegunOutput:
     manifest: Manifest
     journal: Journal
     finished: NDArray[np.bool_]
+    suspects: Suspects
     answers: list[AnswersRecord] = field(default_factory=list)
     next_number: int = 0
     journaled: Rows | None = None
@@ -161,14 +164,25 @@ def _go_on(
         manifest, next_number = Manifest(layout.manifest, state.num_valid_bytes), state.next_number
     journal = Journal(layout.journal, num_bytes)
     finished = np.zeros(job.num_rows, dtype=np.bool_)
+    suspects = read_suspects(layout)
     begun = BegunOutput(
-        layout, job, answer_schema, lock, manifest, journal, finished, answers, next_number
+        layout,
+        job,
+        answer_schema,
+        lock,
+        manifest,
+        journal,
+        finished,
+        suspects,
+        answers,
+        next_number,
     )
     try:
         if retry is not None:
             _drop_failed(begun, retry)
         _mark_finished(begun)
         _take_over(begun, left)
+        begun.suspects = suspects.but_for(begun.finished)
     except Exception:
         manifest.close()
         journal.close()

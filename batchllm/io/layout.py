@@ -81,6 +81,23 @@ class OutputLayout:
         return self.work / "journal"
 
     @property
+    def in_flight(self) -> Path:
+        return self.work / "in-flight"
+
+    @property
+    def crash(self) -> Path:
+        return self.work / "crash"
+
+    @property
+    def suspects(self) -> Path:
+        return self.work / "suspects.json"
+
+    @property
+    def only_while_unfinished(self) -> tuple[Path, ...]:
+        """The files beside answers and manifest that a complete output has no use for."""
+        return self.journal, self.in_flight, self.crash, self.suspects
+
+    @property
     def lock(self) -> Path:
         return self.work / "lock"
 
@@ -164,7 +181,8 @@ class OutputLayout:
         self.summary.unlink(missing_ok=True)
 
     def _is_ours(self, name: str) -> bool:
-        own = {self.lock.name, self.manifest.name, self.journal.name, self.summary.name}
+        own = {path.name for path in (self.lock, self.manifest, self.summary)}
+        own |= {path.name for path in self.only_while_unfinished}
         return name in own or name.endswith(".tmp") or _is_answers(name, set())
 
 

@@ -25,6 +25,7 @@ from batchllm.io.begin import BegunOutput, begin, load_complete, numbered_schema
 from batchllm.io.content import ContentHash
 from batchllm.io.durable import OutputLock, atomic_write, one_line_reason
 from batchllm.io.identity import plain
+from batchllm.io.in_flight import InFlight, Suspects
 from batchllm.io.join import RowSource, RowStream, join
 from batchllm.io.layout import FinishedFile, OutputLayout
 from batchllm.io.manifest import AnswersRecord, FileRecord, FinishedRecord, Job
@@ -125,6 +126,22 @@ class OutputStore:
     def journaled(self) -> Rows | None:
         """What an earlier process left in the journal, for `write_answers` to be given."""
         return None if self._begun is None else self._begun.journaled
+
+    @property
+    def suspects(self) -> Suspects:
+        """What crashes of earlier processes tell, of rows that are not finished."""
+        return self._unfinished().suspects
+
+    def in_flight(self) -> InFlight:
+        """What keeps the rows in flight for whoever comes after a crash; to be closed.
+
+        Raises:
+            OutputError: it cannot be made.
+        """
+        try:
+            return InFlight(self._layout)
+        except OSError as error:
+            raise self._cannot_write(error) from error
 
     @property
     def counters(self) -> list[dict[str, Any]]:
@@ -300,7 +317,8 @@ class OutputStore:
                 shutil.rmtree(layout.work, ignore_errors=True)
             else:
                 layout.clean(keep={path.name for path in layout.target.iterdir()})
-                layout.journal.unlink(missing_ok=True)
+                for path in layout.only_while_unfinished:
+                    path.unlink(missing_ok=True)
                 with atomic_write(layout.summary, self._temporary("summary")) as file:
                     file.write(json.dumps(self.summary, indent=2).encode() + b"\n")
         lock.release(delete=not layout.single_file)

@@ -77,7 +77,8 @@ def reopen(
     path = layout.answers_path(0 if layout.single_file or state is None else state.next_number)
     kept = keep_good(_stored_answers(layout, answer_schema), path, error_column, stamp)
     record = AnswersRecord(kept.file, kept.num_rows, 0, {**finished.summary, "failed": 0})
-    layout.journal.unlink(missing_ok=True)
+    for old in layout.only_while_unfinished:
+        old.unlink(missing_ok=True)
     if layout.single_file:
         Manifest.create(layout.manifest, job, [record]).close()
         return
@@ -147,7 +148,7 @@ def forget(layout: OutputLayout, lock: OutputLock) -> None:
     """Delete everything of an output's, and what is empty then."""
     with suppress(OSError):
         layout.clean(keep=set())
-        for path in (layout.journal, layout.manifest):
+        for path in (*layout.only_while_unfinished, layout.manifest):
             path.unlink(missing_ok=True)
     lock.release(delete=True)
     for folder in (layout.work, *([] if layout.single_file else [layout.target])):

@@ -28,6 +28,13 @@ class PrefixPlan:
     tree: PrefixTree
     leaf_order: Ints
 
+    def rows_of(self, leaves: Ints) -> Ints:
+        """Their rows' numbers in the whole input, duplicates included."""
+        begin = self.tree.row_offsets[leaves]
+        count = self.tree.row_offsets[leaves + 1] - begin
+        places = np.repeat(begin - (np.cumsum(count) - count), count) + np.arange(int(count.sum()))
+        return self.row_index[self.tree.rows[places]]
+
 
 @dataclass(frozen=True, slots=True)
 class PrefixGroup:

@@ -65,6 +65,10 @@ class StepScheduler(Protocol):
         """Append the sampled tokens; returns the sequences that are finished by them."""
         ...
 
+    def running_leaves(self) -> Ints:
+        """The leaves whose sequences run, but for those whose first token a batch is to sample."""
+        ...
+
     def blocks_alone(self, leaf: int) -> int:
         """Blocks a leaf needs to its longest end, with nothing else in the pool."""
         ...

@@ -96,6 +96,10 @@ class Scheduler:
         self._unfinished.remove(failed)
         return self._finished(failed, ["kv_memory"] * len(failed))
 
+    def running_leaves(self) -> Ints:
+        """The leaves whose sequences run."""
+        return self._state.leaf[self._running.sequences()]
+
     def blocks_alone(self, leaf: int) -> int:
         """Blocks a leaf's sequence needs to its longest end, with nothing else in the pool."""
         return int(self._blocks_alone(self._state.of_leaf[leaf : leaf + 1])[0])

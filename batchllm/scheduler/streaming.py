@@ -89,6 +89,10 @@ class StreamingScheduler:
         self._waiting.extend(plan.leaf_order[fits[plan.leaf_order]].tolist())
         return [self._finished(row, "kv_memory") for row in np.flatnonzero(~fits).tolist()]
 
+    def running_leaves(self) -> Ints:
+        """The rows that run."""
+        return self._running
+
     def blocks_alone(self, leaf: int) -> int:
         """Blocks a row needs to its longest end, with nothing else in the pool."""
         return -(-int(self._length[leaf] + self._max_tokens[leaf] - 1) // self._block_size)

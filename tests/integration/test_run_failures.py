@@ -194,3 +194,42 @@ def finish_and_compare(words, tmp_path):
         for name in ("o.parquet", "whole.parquet")
     )
     assert resumed.equals(once)
+
+
+CRASHING = """
+import os, signal, sys
+import numpy as np
+from batchllm.runner.hash_runner import HashRunner
+execute = HashRunner.execute
+deadly = int(sys.argv.pop(1))
+def crash(runner, batch):
+    if deadly in batch.samples.row_index:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return execute(runner, batch)
+HashRunner.execute = crash
+from batchllm.cli import main
+main()
+"""
+
+
+def test_a_row_that_crashes_the_process_twice_is_set_aside(tmp_path):
+    source, output = tmp_path / "in.parquet", tmp_path / "o.parquet"
+    pq.write_table(pa.table({"text": [f"row {i}" for i in range(20)]}), source)
+    whole = tmp_path / "whole.parquet"
+    assert run(source, whole).exit_code == 0
+    words = [sys.executable, "-c", CRASHING, "13", "run", source, output, "--model", "fake"]
+    words += ["--prompt-column", "text", "--max-tokens", "4", "--kv-memory", "1M"]
+    words += ["--max-num-seqs", "4"]
+    ends = [
+        subprocess.run([str(w) for w in words], capture_output=True, text=True, check=False)
+        for _ in range(3)
+    ]
+    assert [end.returncode for end in ends] == [-signal.SIGSEGV, -signal.SIGSEGV, 0]
+    assert "died (Segmentation fault) with 4 rows in flight" in ends[1].stderr
+    assert errors(output) == [13]
+    error = pq.read_table(output)["error"][13].as_py()
+    assert error.startswith("process_died: the process died twice (Segmentation fault)")
+    expected, found = (pq.read_table(p)["answer"].to_pylist() for p in (whole, output))
+    assert found == [*expected[:13], None, *expected[14:]]
+    assert invoke("verify", output).exit_code == 0
+    assert not list(tmp_path.glob(".o*"))

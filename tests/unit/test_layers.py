@@ -38,7 +38,9 @@ ALLOWED = {
     },
     "outputs": {"errors", "request", "metrics", "prefix", "scheduler", "text"},
     "prompting": {"errors", "config", "models", "text"},
+    "watch": {"progress", "request"},
     "api": {
+        "watch",
         *("errors", "request", "config", "metrics", "progress", "engine", "prefix", "cache"),
         *("outputs", "prompting"),
         *("scheduler", "simulate", "runner", "models", "text", "io"),
