@@ -79,6 +79,7 @@ class LLM:
         self.threads = loaded.threads
         self.attention = loaded.attention
         self._slower = loaded.slower
+        self._granularity = loaded.granularity
         self._wanted_kv_blocks = loaded.wanted_blocks
         self.limits = SchedulerLimits(
             num_blocks=loaded.num_blocks,
@@ -248,7 +249,7 @@ class LLM:
         policy, sharing = self.config.policy, self.config.sharing
         if policy == STREAMING:
             return plan_requests(requests, policy=policy)
-        plan = plan_requests(requests, policy="dfs", sharing=sharing)
+        plan = plan_requests(requests, policy="dfs", sharing=sharing, granularity=self._granularity)
         outputs = self._lengths.expected(plan)
         if policy == AUTO:
             policy = choose_policy(plan, outputs, self.limits, self._costs)

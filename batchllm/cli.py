@@ -13,6 +13,7 @@ from batchllm.cli_options import (
     AnswerTokens,
     AsJson,
     Chat,
+    Deterministic,
     Dtype,
     IgnoreEos,
     Input,
@@ -93,6 +94,7 @@ def run(
     ignore_eos: IgnoreEos = False,
     dtype: Dtype = "auto",
     quantization: Quantization = None,
+    deterministic: Deterministic = False,
     policy: Policy = "auto",
     sharing: Sharing = True,
     threads: Threads = None,
@@ -152,6 +154,7 @@ def run(
                 engine=EngineConfig(
                     dtype=dtype,
                     quantization=quantization,
+                    deterministic=deterministic,
                     policy=policy,
                     sharing=sharing,
                     threads=threads,

@@ -83,6 +83,15 @@ Quantization = Annotated[
         rich_help_panel=_ENGINE,
     ),
 ]
+Deterministic = Annotated[
+    bool,
+    typer.Option(
+        "--deterministic",
+        help="The same answers to the last bit whatever the windows, threads and memory; "
+        "prefixes are shared in multiples of 64 tokens only.",
+        rich_help_panel=_ENGINE,
+    ),
+]
 Policy = Annotated[
     str,
     typer.Option(

@@ -18,11 +18,12 @@ class EngineConfig:
     """Everything about *how* answers are computed. None of it changes them by more than rounding.
 
     `dtype` and `quantization` say what is rounded to, so they belong to a job's identity; `int8`
-    rounds far more coarsely than any dtype. Others, like `sharing` and
-    `threads`, at most change the order of a sum. `kv_memory` is in bytes; None takes a share of the
-    machine's free memory. `threads` is how many compute; None takes one a core that this process
-    may use. `max_num_batched_tokens` bounds one step's prefill work. `max_num_seqs` bounds index
-    arrays, not memory: admission is by projected KV use.
+    rounds far more coarsely than any dtype. Others, like `sharing` and `threads`, at most change
+    the order of a sum; with `deterministic`, which belongs to the identity too, not even that.
+    `kv_memory` is in bytes; None takes a share of the machine's free memory. `threads` is how many
+    compute; None takes one a core that this process may use. `max_num_batched_tokens` bounds one
+    step's prefill work. `max_num_seqs` bounds index arrays, not memory: admission is by projected
+    KV use.
 
     Raises:
         UsageError: a value is out of range.
@@ -30,6 +31,7 @@ class EngineConfig:
 
     dtype: str = "auto"
     quantization: str | None = None
+    deterministic: bool = False
     policy: str = "auto"
     sharing: bool = True
     attention_backend: str = "auto"

@@ -31,9 +31,13 @@ class LayerPlan(Protocol):
 
 
 class AttentionBackend(Protocol):
-    """Plans once a step, whatever the number of layers. `name` is for people."""
+    """Plans once a step, whatever the number of layers.
+
+    `name` is for people. Segments must begin at multiples of `granularity`.
+    """
 
     name: str
+    granularity: int
 
     def plan(self, step: ModelInput, rotation: Rotation) -> LayerPlan:
         """Turn a step's items into what `run` needs, so that no layer does index work."""
@@ -52,19 +56,36 @@ def backend_names() -> list[str]:
     return ["auto", *_HOMES]
 
 
-def make_backend(name: str, block_size: int, head_dim: int) -> AttentionBackend:
+def make_backend(
+    name: str, block_size: int, head_dim: int, *, deterministic: bool = False
+) -> AttentionBackend:
     """Create a backend by name; `auto` is the fastest that runs here with these sizes.
 
+    A `deterministic` one computes the same to the last bit however contexts are cut into segments.
+
     Raises:
-        UsageError: there is none of that name, or it cannot run here.
+        UsageError: there is none of that name, or it cannot run here, or is not deterministic.
     """
     if name not in backend_names():
         raise UsageError(
             f"no attention backend named {name!r}; there are: {', '.join(backend_names())}"
         )
+    if deterministic:
+        return _make_deterministic(name, block_size, head_dim)
     if name == "auto":
         name = "torch" if why_not_native(block_size, head_dim) else "native"
     return _make(name, block_size, head_dim)
+
+
+def _make_deterministic(name: str, block_size: int, head_dim: int) -> AttentionBackend:
+    why_not = why_not_native(block_size, head_dim)
+    if name not in ("auto", "native"):
+        why_not = f"the attention backend is {name}"
+    if why_not:
+        raise UsageError(f"deterministic needs the compiled kernels: {why_not}")
+    from batchllm.attention.native import NativeBackend
+
+    return NativeBackend(block_size, head_dim, deterministic=True)
 
 
 def why_not_native(block_size: int, head_dim: int) -> str | None:

@@ -53,6 +53,7 @@ class TorchBackend:
     """
 
     name = "torch"
+    granularity = 1
 
     def __init__(self, block_size: int, head_dim: int) -> None:
         self._block_size = block_size

@@ -17,6 +17,8 @@ Ints = NDArray[np.int64]
 
 _WIDTH = 16  # the widest vectors have so many lanes; a block must be whole ones of them
 _TILE_ROWS = 96  # queries times heads of a group: their state stays in the first-level cache
+_PASS_KEYS = 256
+_PASS_KEYS_DETERMINISTIC = 64  # the fewer, the more can be shared, and the slower it is
 _UNITS_A_THREAD = 4  # at least so many, as far as there are queries, so that threads end together
 
 
@@ -27,6 +29,7 @@ class _Step(ctypes.Structure):
         *[(name, c_int64) for name in ("num_tokens", "num_tiles")],
         *[(name, c_int32) for name in ("num_heads", "num_kv_heads", "head_dim")],
         *[(name, c_int32) for name in ("block_size", "tile_size", "is_bfloat16")],
+        ("pass_keys", c_int32),
         *[(name, c_void_p) for name in ("slots", "cos", "sin")],
         *[(name, c_void_p) for name in ("query_begin", "query_end", "kv_len", "own")],
         *[(name, c_void_p) for name in ("block_offsets", "block_ids")],
@@ -69,7 +72,7 @@ class Tiles:
         end = np.minimum(items.query_end[item], begin[tile + 1])
         unseen = np.where(items.own[item], items.query_end[item] - end, 0)
         cost = (end - start) * (items.kv_len[item] - unseen)
-        by_tile = np.argsort(tile, kind="stable")
+        by_tile = np.lexsort((items.kv_start[item], tile))  # each context from its beginning
         return cls(
             begin=begin,
             order=np.argsort(-np.bincount(tile, cost, num_tiles), kind="stable"),
@@ -96,13 +99,20 @@ class NativeBackend:
     """Attention over the prefix tree in one parallel call a layer (native/src/attention.cpp).
 
     Keys and values lie in their block as the kernel's products want them, not token after token.
+    `deterministic` takes so few keys at a time that segments can begin at multiples of them; then
+    a query's result does not depend on how its context is cut into segments.
 
     Raises:
         UsageError: no kernels were compiled, or they cannot do these sizes.
     """
 
     def __init__(
-        self, block_size: int, head_dim: int, kernels: NativeKernels | None = None
+        self,
+        block_size: int,
+        head_dim: int,
+        kernels: NativeKernels | None = None,
+        *,
+        deterministic: bool = False,
     ) -> None:
         kernels = kernels or load_kernels()
         if kernels is None:
@@ -123,22 +133,30 @@ class NativeBackend:
         self.name = f"native ({kernels.target})"
         self.kernels = kernels
         self._block_size = block_size
+        self._pass_keys = _PASS_KEYS_DETERMINISTIC if deterministic else _PASS_KEYS
+        self.granularity = self._pass_keys if deterministic else 1
 
     def plan(self, step: ModelInput, rotation: Rotation) -> "NativePlan":
         """Everything but the tiles is the step's own arrays."""
-        return NativePlan(self.kernels, step, rotation, self._block_size)
+        return NativePlan(self.kernels, step, rotation, self._block_size, self._pass_keys)
 
 
 class NativePlan:
     """A step for the kernel. The tiles depend on the heads, so they are cut at the first layer."""
 
     def __init__(
-        self, kernels: NativeKernels, step: ModelInput, rotation: Rotation, block_size: int
+        self,
+        kernels: NativeKernels,
+        step: ModelInput,
+        rotation: Rotation,
+        block_size: int,
+        pass_keys: int,
     ) -> None:
         self._kernels = kernels
         self._input = step
         self._rotation = rotation
         self._block_size = block_size
+        self._pass_keys = pass_keys
         self._tiles: Tiles | None = None  # with the step and the rotation: what `_step` points to
         self._step = _Step()
 
@@ -167,6 +185,7 @@ class NativePlan:
         step.tile_size = int(np.diff(tiles.begin).max())
         step.num_heads, step.num_kv_heads, step.head_dim = num_heads, num_kv_heads, head_dim
         step.block_size, step.is_bfloat16 = self._block_size, dtype == torch.bfloat16
+        step.pass_keys = self._pass_keys
         step.cos, step.sin = self._rotation.cos.data_ptr(), self._rotation.sin.data_ptr()
         arrays = {name: getattr(items, name) for name in ("query_begin", "query_end", "kv_len")}
         arrays |= {name: getattr(items, name) for name in ("own", "block_offsets", "block_ids")}

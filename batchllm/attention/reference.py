@@ -16,6 +16,7 @@ class ReferenceBackend:
     """
 
     name = "reference"
+    granularity = 1
 
     def __init__(self, block_size: int, head_dim: int) -> None:
         self._block_size = block_size

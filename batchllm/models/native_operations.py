@@ -8,11 +8,17 @@ from batchllm.native.kernels import NativeKernels, has_tiles
 
 
 class NativeOperations:
-    """`Operations` (models/operations.py) on contiguous bfloat16 or float32 tensors."""
+    """`Operations` (models/operations.py) on contiguous bfloat16 or float32 tensors.
 
-    def __init__(self, kernels: NativeKernels, *, tiles: bool | None = None) -> None:
+    With `deterministic`, what becomes of a row never depends on how many others there are.
+    """
+
+    def __init__(
+        self, kernels: NativeKernels, *, tiles: bool | None = None, deterministic: bool = False
+    ) -> None:
         self._kernels = kernels
-        self._products = NativeProducts(kernels, tiles=has_tiles() if tiles is None else tiles)
+        tiles = has_tiles() if tiles is None else tiles
+        self._products = NativeProducts(kernels, tiles=tiles, always=deterministic)
 
     def pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
         """See `Operations`."""

@@ -53,14 +53,24 @@ class PrefixGroup:
 
 
 def plan_requests(
-    requests: Sequence[Request], *, policy: str = "ratio", sharing: bool = True
+    requests: Sequence[Request],
+    *,
+    policy: str = "ratio",
+    sharing: bool = True,
+    granularity: int = 1,
 ) -> PrefixPlan:
-    """Plan `requests` (no empty prompt among them); `sharing=False` computes every row alone."""
+    """Plan `requests` (no empty prompt among them); see `plan_tokens`."""
     tokens = RaggedTokens.from_sequences([r.prompt_token_ids for r in requests])
     row_index = np.array([r.row_index for r in requests], dtype=np.int64)
     params, params_index = _distinct([r.sampling_params for r in requests])
     return plan_tokens(
-        tokens, params, params_index, row_index=row_index, policy=policy, sharing=sharing
+        tokens,
+        params,
+        params_index,
+        row_index=row_index,
+        policy=policy,
+        sharing=sharing,
+        granularity=granularity,
     )
 
 
@@ -72,6 +82,7 @@ def plan_tokens(
     row_index: Ints | None = None,
     policy: str = "ratio",
     sharing: bool = True,
+    granularity: int = 1,
 ) -> PrefixPlan:
     """Plan prompts given as arrays.
 
@@ -82,7 +93,8 @@ def plan_tokens(
         row_index: the rows' numbers in the whole input, [num_rows]; None counts from 0.
         policy: the order of admission, one of `POLICIES`; or `streaming`, which shares nothing
             beforehand and keeps the table's order.
-        sharing: whether shared prefixes are computed once.
+        sharing: whether shared prefixes are computed once; else every row is alone.
+        granularity: of so many tokens, and multiples of them, are the prefixes that are shared.
     """
     if params_index is None:
         params_index = np.zeros(len(tokens), dtype=np.int64)
@@ -91,7 +103,9 @@ def plan_tokens(
     # Greedy rows with equal parameters get the same answer; sampled rows draw their own.
     merge_key = np.array([i if p.greedy else -1 for i, p in enumerate(params)], dtype=np.int64)
     shares = sharing and policy != STREAMING
-    tree = build_tree(tokens, merge_key[params_index]) if shares else flat_tree(tokens)
+    tree = flat_tree(tokens)
+    if shares:
+        tree = build_tree(tokens, merge_key[params_index], granularity=granularity)
     max_tokens = np.array([p.max_tokens for p in params], dtype=np.int64)[params_index]
     leaves = np.arange(tree.num_leaves)
     plan = PrefixPlan(tokens, row_index, max_tokens, params, params_index, tree, leaves)

@@ -87,13 +87,16 @@ class PrefixTree:
         return np.diff(self.row_offsets)
 
 
-def build_tree(tokens: RaggedTokens, merge_key: Ints | None = None) -> PrefixTree:
+def build_tree(
+    tokens: RaggedTokens, merge_key: Ints | None = None, *, granularity: int = 1
+) -> PrefixTree:
     """Build the tree of all `tokens` (none empty).
 
     Args:
         tokens: the prompts.
         merge_key: int64 [num_rows]; rows with equal prompts and equal keys >= 0 become one leaf
             (their answers are the same by construction); -1 keeps a row apart. None merges all.
+        granularity: nodes begin and end at multiples of it; what is left over is each leaf's own.
 
     Cost: the sort, plus work proportional to the shared tokens, plus one pass over the leaves.
     """
@@ -118,6 +121,7 @@ def build_tree(tokens: RaggedTokens, merge_key: Ints | None = None) -> PrefixTre
     leaf_length = lengths[starts_leaf]
     # Never share a leaf's last token: see the class.
     shared = np.minimum(shared[~merges], np.minimum(leaf_length[:-1], leaf_length[1:]) - 1)
+    shared = shared // granularity * granularity
     nodes = _intervals(shared)
     return _assemble(nodes, shared, leaf_length, order, row_offsets, distinct)
 

@@ -30,8 +30,8 @@ class LoadedRunner:
 
     `wanted_blocks` are more where the system did not give all the memory that was to be KV.
 
-    `attention` names the backend; `slower` says why it is not the compiled one, where that was not
-    the user's choice.
+    Segments of KV must begin at multiples of `granularity`. `attention` names the backend; `slower`
+    says why it is not the compiled one, where that was not the user's choice.
     """
 
     runner: TorchRunner | HashRunner
@@ -41,6 +41,7 @@ class LoadedRunner:
     threads: Threads
     attention: str
     slower: str | None
+    granularity: int = 1
 
 
 def load_runner(
@@ -65,14 +66,17 @@ def load_runner(
     name = choose_dtype(config, shape.dtype)
     dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
     backend: AttentionBackend = make_backend(
-        config.attention_backend, config.block_size, shape.head_dim
+        config.attention_backend,
+        config.block_size,
+        shape.head_dim,
+        deterministic=config.deterministic,
     )
     operations: Operations = TorchOperations()
     slower = None
     if config.attention_backend == "auto":
         slower = why_not_native(config.block_size, shape.head_dim)
     if isinstance(backend, NativeBackend):
-        operations = NativeOperations(backend.kernels)
+        operations = NativeOperations(backend.kernels, deterministic=config.deterministic)
     if clock is not None:
         backend, operations = TimedBackend(backend, clock), TimedOperations(operations, clock)
     model = make_model(shape, dtype, operations)
@@ -91,7 +95,16 @@ def load_runner(
         dtype=dtype,
     )
     runner = TorchRunner(model, cache, backend, operations, config.block_size)
-    return LoadedRunner(runner, cache.num_blocks, num_blocks, name, threads, backend.name, slower)
+    return LoadedRunner(
+        runner,
+        cache.num_blocks,
+        num_blocks,
+        name,
+        threads,
+        backend.name,
+        slower,
+        backend.granularity,
+    )
 
 
 def _num_blocks(

@@ -64,6 +64,7 @@ class TimedBackend:
 
     def __init__(self, backend: AttentionBackend, clock: Clock) -> None:
         self.name = backend.name
+        self.granularity = backend.granularity
         self._clock = clock
         self._plan = clock.timed(ATTENTION, backend.plan)
 

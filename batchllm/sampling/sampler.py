@@ -70,8 +70,29 @@ def _draw_filtered(
     values, order = logits.topk(look, dim=-1)
     covered = (values - total).exp().sum(dim=-1)
     unsure = (top_k > look) & ((top_k < vocab_size) | (covered < top_p))
-    if bool(unsure.any()):
-        values, order = logits.sort(dim=-1, descending=True, stable=True)
+    tokens = torch.empty(len(logits), dtype=torch.int64)
+    # What is drawn for a row must not depend on which others there are, so each gets its own way.
+    for rows in ((~unsure).nonzero().squeeze(1), unsure.nonzero().squeeze(1)):
+        if len(rows) == 0:
+            continue
+        best, which = values[rows], order[rows]
+        if unsure[rows[0]]:
+            best, which = logits[rows].sort(dim=-1, descending=True, stable=True)
+        tokens[rows] = _draw_among(
+            best, which, total[rows], top_k[rows], top_p[rows], numbers[rows]
+        )
+    return tokens
+
+
+def _draw_among(
+    values: torch.Tensor,
+    order: torch.Tensor,
+    total: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    numbers: torch.Tensor,
+) -> torch.Tensor:
+    """Draw among candidates, the likeliest first; `total` is the log-sum-exp of all there are."""
     ranks = torch.arange(values.shape[-1])
     values = values.masked_fill(ranks >= top_k[:, None], -torch.inf)
     # Where the candidates are but a part of what top-k keeps, weigh them by the whole.

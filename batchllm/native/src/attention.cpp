@@ -10,6 +10,10 @@
 // KV lies in the cache as the products want it, so nothing is gathered or packed in a step:
 //   keys   [block][kv_head][block_size / W][head_dim / GROUP][W tokens][GROUP]
 //   values [block][kv_head][block_size / GROUP][head_dim][GROUP tokens]
+// A query's segments are read in the order of their positions, `pass_keys` at a time from the first
+// of each. So where segments begin at multiples of that, a query's result is the same to the last
+// bit however its context is cut into segments and with whom it shares them.
+//
 // A slot that was never written, or holds what a freed segment left, is masked, never multiplied.
 #include "attention.h"
 
@@ -38,7 +42,7 @@ constexpr int ROWS = 6, COLUMNS = 2;
 constexpr int ROWS = 4, COLUMNS = 2;
 #endif
 
-constexpr int KEYS = 256;  // keys a pass: their scores stay in the first-level cache
+constexpr int KEYS = 256;  // most keys a pass: their scores stay in the first-level cache
 static_assert(KEYS % (W * COLUMNS) == 0, "whole tiles of keys");
 static_assert(ROWS <= W, "one number a row fits a vector");
 
@@ -288,15 +292,15 @@ void attend_item(
     const auto sees = [&](int64_t query) { return seen_of(s, item, query); };
     const Value* panels[KEYS / W];
     const Value* values[KEYS];
-    for (int64_t start = 0; start < sees(end - 1); start += KEYS) {
-        const int most = int(std::min<int64_t>(KEYS, sees(end - 1) - start));
+    for (int64_t start = 0; start < sees(end - 1); start += s.pass_keys) {
+        const int most = int(std::min<int64_t>(s.pass_keys, sees(end - 1) - start));
         for (int p = 0; p * W < most; p++) {
             const int64_t token = start + p * W;
             panels[p] = all_keys + ids[token / s.block_size] * layout.block_values +
                         layout.key_place(int(token % s.block_size), 0);
         }
         // Blocks longer than a pass are taken in parts of it.
-        const int step = std::min(s.block_size, KEYS);
+        const int step = std::min(s.block_size, s.pass_keys);
         for (int b = 0; b * step < most; b++) {
             const int64_t token = start + int64_t(b) * step;
             values[b] = all_values + ids[token / s.block_size] * layout.block_values +

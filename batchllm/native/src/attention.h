@@ -8,6 +8,7 @@ extern "C" {
 // One step. Items are those of runner/model_input.py; a tile is at most `tile_size` neighbouring
 // queries, `tile_begin[t]` to `tile_begin[t + 1]`, and `tile_items[tile_offsets[t] :
 // tile_offsets[t + 1]]` are the items that any of them reads.
+// `pass_keys` are attended to at a time, at most 256, a multiple of 64 and a power of two.
 // `tile_order` [num_tiles] names the dearest tiles first; cos and sin are [num_tokens,
 // head_dim / 2].
 struct Step {
@@ -19,6 +20,7 @@ struct Step {
     int32_t block_size;
     int32_t tile_size;
     int32_t is_bfloat16;
+    int32_t pass_keys;
     const int64_t* slots;
     const float* cos;
     const float* sin;
