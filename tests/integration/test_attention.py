@@ -253,7 +253,8 @@ def items_of(ranges, own):
     """Attention items over queries [begin, end), all of `kv_len` tokens."""
     begin, end, kv_len = (np.array(column) for column in zip(*ranges, strict=True))
     none = np.zeros(0, dtype=np.int64)
-    return AttentionItems(begin, end, none, kv_len, np.array(own), none, none)
+    start = np.arange(len(begin))[::-1].copy()  # the last one comes first
+    return AttentionItems(begin, end, start, kv_len, np.array(own), none, none)
 
 
 @given(st.data())
@@ -265,7 +266,8 @@ def test_tiles_partition_the_queries_and_read_what_their_queries_do(data):
     )
     ranges = data.draw(st.lists(st.tuples(ends, st.integers(1, 50)), min_size=1, max_size=8))
     ranges = [(begin, end, kv_len) for (begin, end), kv_len in ranges]
-    tiles = Tiles.of(items_of(ranges, [False] * len(ranges)), num_tokens, size)
+    items = items_of(ranges, [False] * len(ranges))
+    tiles = Tiles.of(items, num_tokens, size)
     begins = tiles.begin.tolist()
     assert begins[0] == 0 and begins[-1] == num_tokens
     assert all(0 < b - a <= size for a, b in pairwise(begins))
@@ -273,7 +275,7 @@ def test_tiles_partition_the_queries_and_read_what_their_queries_do(data):
     for tile, (first, last) in enumerate(pairwise(begins)):
         read = tiles.items[tiles.offsets[tile] : tiles.offsets[tile + 1]].tolist()
         overlaps = [i for i, (b, e, _) in enumerate(ranges) if b < last and e > first]
-        assert read == overlaps
+        assert read == sorted(overlaps, key=lambda i: items.kv_start[i])
 
 
 def test_tiles_are_cut_where_shared_segments_end():
