@@ -17,6 +17,7 @@ from batchllm.errors import OutOfMemoryError, UsageError
 from batchllm.progress import Progress
 from batchllm.request import Request
 from batchllm.runner.kv_cache import KVCache
+from batchllm.watch import Watch
 
 PROMPTS = [f"the same beginning, number {i % 7} {'x' * (i % 5)}" for i in range(30)]
 PARAMS = SamplingParams(max_tokens=12)
@@ -85,9 +86,9 @@ def test_answers_are_handed_over_once_and_a_stop_is_no_lack_of_memory(llm, monke
         kept.extend(output.row_index for output in outputs)
 
     fail(monkeypatch, llm, MemoryError(), {5, 9})
-    assert len(llm.answer(requests, keep=keep)) == 12
+    assert len(llm.answer(requests, watch=Watch(keep=keep))) == 12
     assert len(kept) == len(set(kept)) > 6
-    assert llm.answer(requests, should_stop=lambda: True) == []
+    assert llm.answer(requests, watch=Watch(should_stop=lambda: True)) == []
     assert llm.metrics.pool_shrinks == 2
 
 
@@ -97,7 +98,7 @@ def test_it_is_said_and_given_up_at_last(llm, monkeypatch):
     request = Request(0, np.array([40, 41], np.int32), PARAMS)
     fail(monkeypatch, llm, MemoryError(), range(5))
     with pytest.raises(OutOfMemoryError, match="ran out 5 times, the last with 1 MiB"):
-        llm.answer([request], progress=progress)
+        llm.answer([request], watch=Watch(progress=progress))
     lines = shown.getvalue().splitlines()
     assert len(lines) == 4 and "8 MiB of KV memory and at most 1,024 tokens" in lines[0]
     assert llm.answer([request])[0].error is None
