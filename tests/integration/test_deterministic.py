@@ -56,9 +56,10 @@ def logits_of(monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("quantization", [None, "int8"])
-@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize(
+    ("dtype", "quantization", "temperature"),
+    [("bfloat16", None, 0.0), ("float32", None, 0.7), ("bfloat16", "int8", 0.7)],
+)
 def test_logits_are_the_same_to_the_last_bit(
     tiny_model, prompts, logits_of, dtype, quantization, temperature
 ):

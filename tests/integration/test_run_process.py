@@ -2,57 +2,10 @@
 
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 
-import pyarrow.parquet as pq
 from cli_runs import answers, invoke
 
 from batchllm.io.output import OutputStore
-
-
-def command(source, output, model, *extra):
-    words = [sys.executable, "-m", "batchllm.cli", "run", source, output, "--model", model]
-    words += ["--prompt-column", "text", "--kv-memory", "16M", "--max-tokens", 200]
-    return [str(w) for w in [*words, "--ignore-eos", *extra]]
-
-
-def listen_to_interrupts():
-    """A shell's background jobs, these tests perhaps among them, inherit that SIGINT is ignored."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def test_an_interrupted_run_goes_on(source, table, tmp_path, tiny_model):
-    output = tmp_path / "o.parquet"
-    # Several windows take seconds, so the signal comes well before the end; the runs after it have
-    # one window each and take no time.
-    words = command(source, output, tiny_model, "--window-rows", 5)
-    with subprocess.Popen(
-        words, stderr=subprocess.PIPE, text=True, preexec_fn=listen_to_interrupts
-    ) as process:
-        manifest = tmp_path / ".o.parquet.batchllm" / "manifest.jsonl"
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            if manifest.exists() and manifest.read_text().count("\n") >= 3:
-                break
-            time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        stderr = process.communicate(timeout=60)[1]
-    assert process.returncode == 130, stderr
-    assert "goes on" in stderr and "Traceback" not in stderr
-    assert not output.exists()
-    assert "unfinished" in invoke("inspect", output).stdout
-    environment = os.environ | {"COLUMNS": "200"}
-    words = command(source, output, tiny_model)
-    again = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
-    assert again.returncode == 0, again.stderr
-    assert "rows that are done already" in again.stderr
-    whole = tmp_path / "whole.parquet"
-    subprocess.run(command(source, whole, tiny_model, "--quiet"), check=True)
-    resumed, once = (pq.read_table(p).drop_columns("cached_tokens") for p in (output, whole))
-    assert resumed.equals(once)  # but for what was shared: the windows were others
 
 
 def test_threads_are_chosen_printed_and_no_part_of_the_job(
