@@ -1,15 +1,17 @@
 """Which rows were in flight when a process crashed, so that the one it died of can be found.
 
-The rows in flight are kept in a map of a file, which outlives the process. If it ends by a fatal
-signal (a segmentation fault, an abort), `faulthandler` writes that to another. Whoever comes next
-finds both: these rows are suspects, and are answered one at a time before all others. If it then
-crashes again, the row that was alone in flight has done it twice, and is set aside. A process that
-was killed from outside has written nothing, and makes nobody a suspect.
+The rows in flight are written to a file whenever they change; what the kernel has got outlives the
+process. If it ends by a fatal signal (a segmentation fault, an abort), `faulthandler` writes that
+to another. Whoever comes next finds both: these rows are suspects, and are answered one at a time
+before all others. If it then crashes again, the row that was alone in flight has done it twice, and
+is set aside. A process that was killed from outside has written nothing, and makes nobody a
+suspect.
 """
 
 import faulthandler
 import json
-import mmap
+import os
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,21 +59,22 @@ class InFlight:
 
     def __init__(self, layout: OutputLayout) -> None:
         self._layout = layout
-        with layout.in_flight.open("w+b") as file:
-            file.truncate((2 + _MOST_ROWS) * 8)
-            self._map = mmap.mmap(file.fileno(), 0)
-        self._cells = np.frombuffer(self._map, dtype=np.int64)
+        self._noted: tuple[Rows, bool] = _NONE, False
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        self._file = os.open(layout.in_flight, flags, 0o644)
         self._was_enabled = faulthandler.is_enabled()
         self._crash = layout.crash.open("w")
         faulthandler.enable(self._crash, all_threads=False)
 
     def note(self, rows: Rows, *, alone: bool) -> None:
         """These are in flight from now on; `alone` if they are duplicates of one."""
-        count = min(len(rows), _MOST_ROWS)
-        self._cells[0] = 0  # never rows of two steps under one count
-        self._cells[2 : 2 + count] = rows[:count]
-        self._cells[1] = alone
-        self._cells[0] = count
+        noted, noted_alone = self._noted
+        if alone == noted_alone and np.array_equal(rows, noted):
+            return
+        self._noted = rows, alone
+        cells = np.concatenate([[min(len(rows), _MOST_ROWS), alone], rows[:_MOST_ROWS]])
+        with suppress(OSError):  # a full disk is told by what needs it more
+            os.pwrite(self._file, cells.astype(np.int64).tobytes(), 0)
 
     def close(self) -> None:
         """The process leaves this part alive."""
@@ -80,6 +83,7 @@ class InFlight:
         else:
             faulthandler.disable()
         self._crash.close()
+        os.close(self._file)
         self._layout.crash.unlink(missing_ok=True)
         self._layout.in_flight.unlink(missing_ok=True)
 
