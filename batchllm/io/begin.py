@@ -28,6 +28,16 @@ def stamp(job: Job) -> dict[str, object]:
     return {"version": FORMAT_VERSION, "identity": job.identity}
 
 
+def refuse_busy(layout: OutputLayout) -> None:
+    """Refuse an output that a process is writing, before anything that takes time.
+
+    Raises:
+        OutputError: it is.
+    """
+    if OutputLock.is_held(layout.lock):
+        raise OutputLock.busy(layout.shown)
+
+
 def refuse_other_job(layout: OutputLayout, job: Job, stored: Job) -> None:
     """Make sure that what is stored is of this job.
 

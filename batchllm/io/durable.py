@@ -122,9 +122,7 @@ class OutputLock:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 os.close(handle)
-                raise OutputError(
-                    f"{output}: another process is writing it; wait for that one to end"
-                ) from None
+                raise cls.busy(output) from None
             except OSError as error:
                 if error.errno not in _NO_LOCKS:
                     os.close(handle)
@@ -134,6 +132,28 @@ class OutputLock:
                 if os.fstat(handle).st_ino == path.stat().st_ino:
                     return cls(path, handle)
             os.close(handle)
+
+    @staticmethod
+    def is_held(path: Path) -> bool:
+        """Whether a process holds the lock at `path`; makes nothing."""
+        try:
+            handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        finally:
+            os.close(handle)
+        return False
+
+    @staticmethod
+    def busy(output: Path) -> OutputError:
+        """The error of whoever comes second."""
+        return OutputError(f"{output}: another process is writing it; wait for that one to end")
 
     def release(self, *, delete: bool = False) -> None:
         """Give the lock back, and delete its file first where nothing will need it again."""

@@ -21,7 +21,14 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from batchllm.errors import InputError, OutputError
-from batchllm.io.begin import BegunOutput, begin, load_complete, numbered_schema, stamp
+from batchllm.io.begin import (
+    BegunOutput,
+    begin,
+    load_complete,
+    numbered_schema,
+    refuse_busy,
+    stamp,
+)
 from batchllm.io.content import ContentHash
 from batchllm.io.durable import OutputLock, atomic_write, one_line_reason
 from batchllm.io.identity import plain
@@ -54,6 +61,17 @@ class OutputStore:
         self._layout = layout
         self._job = job
         self._begun: BegunOutput | None = None
+
+    @staticmethod
+    def refuse_busy(path: str | Path) -> None:
+        """Make sure that no process is writing the output at `path` right now.
+
+        `open` does so too; this is for before the work of finding out what job it is.
+
+        Raises:
+            OutputError: one is.
+        """
+        refuse_busy(OutputLayout.of(path))
 
     @classmethod
     def open(

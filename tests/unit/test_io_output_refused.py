@@ -14,6 +14,7 @@ from outputs import ANSWER, TABLE, complete, finish, read, refused, start, tree,
 
 from batchllm.errors import OutputError
 from batchllm.io.durable import OutputLock
+from batchllm.io.output import OutputStore
 
 
 @pytest.fixture(params=["out.parquet", "out"])
@@ -166,8 +167,11 @@ def test_a_parent_that_is_a_file_is_told(tmp_path):
 def test_a_second_writer_is_refused_at_once(path):
     with start(path) as store:
         assert "another process is writing it" in refused(path)
+        with pytest.raises(OutputError, match="another process is writing it"):
+            OutputStore.refuse_busy(path)
         write(store, *range(10))
         finish(store)
+    OutputStore.refuse_busy(path)
     assert start(path).is_complete
 
 
