@@ -119,7 +119,7 @@ def plot(watched: Watched, path: Path, title: str) -> None:
         colors=["#4878a8", "#a8c8e8"],
     )
     top = 1.25 * watched.peak
-    height = 1.0
+    height = 0.97
     for seconds, note in watched.notes:
         for sign, shown in (
             ("sorting", "sorting"),
@@ -128,7 +128,7 @@ def plot(watched: Watched, path: Path, title: str) -> None:
         ):
             if sign in note:
                 axes.axvline(seconds, color="#888888", linewidth=0.8)
-                height = 1.92 - height  # two that are close must not cover each other
+                height = 1.87 - height  # two that are close must not cover each other
                 axes.text(seconds, height * top, f" {shown}", va="top", color="#444444")
     axes.set(xlabel="seconds", ylabel="resident memory, MiB", title=title, ylim=(0, top))
     axes.set_xlim(0, watched.seconds[-1])
