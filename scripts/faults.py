@@ -20,14 +20,17 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import typer.testing
 from fault_harness.child import Ended, Fault, run
 
 import batchllm.api
+import batchllm.cli
 import batchllm.io.journal
 import batchllm.io.output
 import batchllm.io.spool
@@ -37,6 +40,9 @@ from batchllm.verify import verify
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIM = Path(__file__).parent / "fault_harness" / "shim.c"
+
+
+OUTPUTS = {"file": ["out.parquet"], "directory": ["out"], "both": ["out.parquet", "out"]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +93,7 @@ def check_words(ended: Ended) -> None:
         raise WrongError(f"no reason given: {ended.stderr[-500:]}")
 
 
-def operations(every: int, scratch: Path) -> Counter[str]:
+def operations(every: int, names: Sequence[str], scratch: Path) -> Counter[str]:
     """Each file operation of a small job, in a file and in a directory, meets each fault."""
     import_all()
     batchllm.api._KEEP_SECONDS = -1.0  # after every step
@@ -99,15 +105,16 @@ def operations(every: int, scratch: Path) -> Counter[str]:
             str(make_table(scratch / "in.parquet", 30)),
             *("--model", "fake", "--prompt-column", "text", "--max-tokens", "6", "--quiet"),
             *("--window-rows", "10", "--max-num-seqs", "4", "--kv-memory", "64K", "--threads", "1"),
+            *("--policy", "dfs"),
         ),
         scratch,
     )
     counts: Counter[str] = Counter()
-    for name in ("out.parquet", "out"):
+    for name in names:
         clean = scratch / "clean" / name
         whole = run(job.command(clean), scratch, below=clean.parent)
         assert whole.code == 0, whole.stderr
-        expected, names = content(clean), leftovers(clean.parent)
+        expected, left = content(clean), leftovers(clean.parent)
         print(f"{name}: {whole.num_operations} file operations", flush=True)
         for fault in list(Fault)[1:]:
             for at in range(0, whole.num_operations + every, every):
@@ -120,7 +127,7 @@ def operations(every: int, scratch: Path) -> Counter[str]:
                     again = run(job.command(output), scratch)
                     if again.code != 0:
                         raise WrongError(f"does not go on: {again.stderr}")
-                    check_complete(output, expected, names)
+                    check_complete(output, expected, left)
                 except WrongError as wrong:
                     counts["wrong"] += 1
                     print(f"WRONG: {where}: {wrong}", flush=True)
@@ -220,6 +227,8 @@ def import_all() -> None:
     """What a run imports, so that children need not."""
     for name in ("cli", "job", "report.summary", "runner.hash_runner", "attention.native"):
         importlib.import_module(f"batchllm.{name}")
+    invoked = typer.testing.CliRunner().invoke(batchllm.cli.app, ["inspect", "/nowhere"])
+    assert invoked.exit_code == 1, invoked.output  # the command line has imported its own
 
 
 def preload_shim() -> None:
@@ -241,6 +250,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=["operations", "kills"])
     parser.add_argument("--every", type=int, default=1, help="operations: only every n-th")
+    parser.add_argument("--output", choices=OUTPUTS, default="both", help="operations: into what")
     parser.add_argument("--count", type=int, default=200, help="kills: how many")
     parser.add_argument("--model", default="fake", help="kills: fake, default, or any --model")
     parser.add_argument("--seed", type=int, default=0)
@@ -251,7 +261,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         scratch = Path(os.path.realpath(folder))
         if options.what == "operations":
-            counts = operations(options.every, scratch)
+            counts = operations(options.every, OUTPUTS[options.output], scratch)
         else:
             counts = kills(options.count, options.model, options.seed, scratch)
     for name, number in sorted(counts.items()):

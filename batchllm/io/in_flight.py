@@ -84,8 +84,9 @@ class InFlight:
             faulthandler.disable()
         self._crash.close()
         os.close(self._file)
-        self._layout.crash.unlink(missing_ok=True)
-        self._layout.in_flight.unlink(missing_ok=True)
+        with suppress(OSError):  # an empty one says nothing, and goes with the others
+            self._layout.crash.unlink(missing_ok=True)
+            self._layout.in_flight.unlink(missing_ok=True)
 
 
 def read_suspects(layout: OutputLayout) -> Suspects:

@@ -80,3 +80,25 @@ def test_files_that_a_crash_left_half_done_suspect_nobody(layout):
 def test_more_duplicates_than_there_is_room_for(layout):
     crash(layout, (np.arange(1 << 17), False))
     assert len(read_suspects(layout).rows) == 1 << 16
+
+
+def test_files_that_cannot_be_deleted_are_left(layout, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError(5, "disk")
+
+    record = InFlight(layout)
+    record.note(np.array([3]), alone=True)
+    monkeypatch.setattr(os, "unlink", fail)
+    record.close()
+    monkeypatch.undo()
+    assert not read_suspects(layout).has_crashed
+
+
+def test_a_full_disk_costs_the_note_alone(layout, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError(28, "full")
+
+    record = InFlight(layout)
+    monkeypatch.setattr(os, "pwrite", fail)
+    record.note(np.array([3]), alone=True)
+    record.close()
