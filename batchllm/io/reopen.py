@@ -116,15 +116,16 @@ def erase_other(layout: OutputLayout, job: Job) -> None:
         _refuse_other_file(layout)
     layout.refuse_foreign()
     lock = OutputLock.acquire(layout.lock, layout.shown)
-    if layout.single_file:
-        layout.target.unlink(missing_ok=True)
+    is_complete = layout.single_file and layout.target.exists()
+    if is_complete:
+        layout.target.unlink()
         fsync_dir(layout.target.parent)
     try:
         state = read_manifest(layout.manifest)
     except OutputError:  # damaged, or of another version
         state = None
-    is_ours = state is not None and state.finished is None and not job.differences_from(state.job)
-    if is_ours:
+    is_complete |= state is not None and state.finished is not None
+    if state is not None and not is_complete and not job.differences_from(state.job):
         lock.release()
     else:
         forget(layout, lock)

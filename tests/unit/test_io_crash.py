@@ -243,3 +243,19 @@ def test_an_output_is_durable_before_its_answers_go(tmp_path, monkeypatch, name)
     store.finish({}, INPUT)
     on_record = [] if name == "out.parquet" else ["pwrite", "fsync"]
     assert faults.log[: 4 + len(on_record)] == ["fsync", "replace", "fsync", *on_record, "unlink"]
+
+
+@pytest.mark.parametrize("name", ["out.parquet", "out"])
+def test_overwriting_begins_anew_unless_the_same_was_begun(tmp_path, name):
+    path = tmp_path / name
+    run_job(path, failing=[1])
+    begun = OutputStore.open(path, SCHEMA, ANSWERS, {"job": 1}, num_rows=5, retry="error")
+    assert begun.finished.tolist() == [True, False, True, True, True]
+    begun.close()
+    with OutputStore.open(path, SCHEMA, ANSWERS, {"job": 1}, num_rows=5, overwrite=True) as anew:
+        if name == "out.parquet":  # whose old file was there, complete
+            assert not anew.finished.any()
+        write(anew, *[row for row in (0, 1) if not anew.finished[row]])
+    again = OutputStore.open(path, SCHEMA, ANSWERS, {"job": 1}, num_rows=5, overwrite=True)
+    assert again.finished[[0, 1]].all()
+    again.close()
