@@ -1,9 +1,6 @@
 """The command line: run, plan, bench, inspect, verify, models."""
 
 import json
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Annotated
 
 import typer
@@ -55,10 +52,9 @@ from batchllm.cli_options import (
     template_text,
 )
 from batchllm.error_limit import ErrorLimit
-from batchllm.errors import BatchLLMError, UsageError
-from batchllm.interrupt import INTERRUPTED, StopSignals
-
-FAILED, USAGE, TOO_MANY_ERRORS = 1, 2, 3
+from batchllm.errors import UsageError
+from batchllm.exit_codes import FAILED, TOO_MANY_ERRORS, errors_as_exit_codes
+from batchllm.interrupt import StopSignals
 
 app = typer.Typer(
     help="Run a language model over a table: Parquet in, Parquet out, "
@@ -118,7 +114,7 @@ def run(
     """
     with (
         StopSignals() as stop,
-        _errors_as_exit_codes(
+        errors_as_exit_codes(
             f"interrupted; the same command goes on with {output} where this one stopped"
         ),
     ):
@@ -218,7 +214,7 @@ def plan(
     With --simulate also how long a run would take on a machine, under each policy, if every answer
     had --max-tokens tokens (or what --max-tokens-column says).
     """
-    with _errors_as_exit_codes("interrupted"):
+    with errors_as_exit_codes("interrupted"):
         from batchllm.config import parse_size
         from batchllm.preview import PreviewConfig, preview
         from batchllm.text.prompts import PromptSpec
@@ -263,7 +259,7 @@ def bench(
     ] = False,
 ) -> None:
     """Run a few workloads: how fast this machine is, where the time goes, what was predicted."""
-    with _errors_as_exit_codes("interrupted"):
+    with errors_as_exit_codes("interrupted"):
         from batchllm.api import LLM
         from batchllm.bench import CHECKS, Bench
         from batchllm.runner.timed import Clock
@@ -290,7 +286,7 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Show what the run that wrote OUTPUT did, or has done so far."""
-    with _errors_as_exit_codes("interrupted"):
+    with errors_as_exit_codes("interrupted"):
         from batchllm.io.inspect import read_run
         from batchllm.report.summary import summary_text
 
@@ -328,7 +324,7 @@ def verify(
 
     Exit codes: 0 all is well, 1 something is not; it says what.
     """
-    with _errors_as_exit_codes("interrupted"):
+    with errors_as_exit_codes("interrupted"):
         from batchllm.verify import verify as check
 
         verdict = check(output, source)
@@ -342,7 +338,7 @@ def models(context: typer.Context) -> None:
     """List the models known by name, and where they are."""
     if context.invoked_subcommand is not None:
         return
-    with _errors_as_exit_codes("interrupted"):
+    with errors_as_exit_codes("interrupted"):
         from batchllm.models.locate import installed
 
         for known in installed():
@@ -359,7 +355,7 @@ def pull(
     ] = None,
 ) -> None:
     """Fetch a model into the cache, so that runs need no network."""
-    with _errors_as_exit_codes("interrupted"):
+    with errors_as_exit_codes("interrupted"):
         from batchllm.models.locate import resolve
 
         typer.echo(resolve(name))
@@ -384,24 +380,6 @@ def options(
 def main() -> None:
     """The `batchllm` command."""
     app()
-
-
-@contextmanager
-def _errors_as_exit_codes(interrupted: str) -> Iterator[None]:
-    """Turn our errors into one line on stderr and an exit code; others are bugs and show."""
-    try:
-        yield
-    except UsageError as error:
-        _fail(str(error), USAGE)
-    except BatchLLMError as error:
-        _fail(str(error), FAILED)
-    except KeyboardInterrupt:
-        _fail(interrupted, INTERRUPTED)
-
-
-def _fail(message: str, code: int) -> None:
-    print(f"batchllm: {message}", file=sys.stderr)
-    raise typer.Exit(code)
 
 
 if __name__ == "__main__":
