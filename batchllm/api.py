@@ -37,7 +37,9 @@ from batchllm.text.prompts import PromptBatch, PromptSpec
 from batchllm.watch import Watch
 
 Prompt = str | Sequence[int]
-_KEEP_SECONDS = 0.5  # between two times that answers are handed over while a window runs
+# Answers are handed over after each step, unless that takes more than a fiftieth of the time.
+_KEEP_PAUSE = 50  # times what the last hand-over took
+_KEEP_SECONDS = 0.5  # the longest pause
 NOBODY = Watch()
 _TRIES = 5  # for a window, each with half the memory of the one before
 
@@ -303,7 +305,7 @@ class LLM:
         before = replace(scheduler.stats)
         finished: list[FinishedSequence] = []
         outputs: list[RequestOutput] = []
-        kept_at, num_kept = time.monotonic(), 0
+        kept_at, num_kept, pause = time.monotonic(), 0, 0.0
 
         def make(sequences: list[FinishedSequence]) -> list[RequestOutput]:
             return row_outputs(plan, sequences, self.tokenizer, scheduler, self.limits)
@@ -324,10 +326,12 @@ class LLM:
                     progress.finish_rows(sum(int(num_rows[sequence.leaf]) for sequence in done))
                 if watch.should_stop():
                     break
-                if time.monotonic() - kept_at > _KEEP_SECONDS:
+                begun = time.monotonic()
+                if len(finished) > num_kept and begun - kept_at > pause:
                     outputs += (new := make(finished[num_kept:]))
                     watch.keep(new)
                     kept_at, num_kept = time.monotonic(), len(finished)
+                    pause = min(_KEEP_SECONDS, _KEEP_PAUSE * (kept_at - begun))
         except OutOfMemoryError:
             pass  # the caller sees who is missing
         except BaseException:  # it leaves sequences behind; the next window starts clean
