@@ -1,0 +1,128 @@
+"""Rows whose attention is checked, and a runner that holds a backend against the reference."""
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+
+from batchllm.attention.backend import make_backend
+from batchllm.cache.block_pool import BlockPool
+from batchllm.engine import Engine
+from batchllm.models.rope import Rotation
+from batchllm.prefix.plan import plan_requests
+from batchllm.request import Request, SamplingParams
+from batchllm.runner.fake_runner import FakeRunner
+from batchllm.runner.model_input import build_model_input
+from batchllm.scheduler.scheduler import Scheduler
+
+NUM_BLOCKS = 400
+POISON = 99
+
+TREES = st.lists(
+    st.tuples(st.lists(st.integers(0, 1), min_size=1, max_size=30), st.integers(1, 6)),
+    min_size=1,
+    max_size=12,
+)
+
+
+class AttentionCheck:
+    """A runner with one layer of noise that holds a backend against the reference every step.
+
+    Each has a cache of its own, since each lays it out as it likes. Blocks hold NaNs until a step
+    writes to them, as after a sequence that went astray; tokens `POISON` themselves are NaNs, and
+    then what is sampled is one exactly where it sees such a token.
+    """
+
+    def __init__(
+        self, backend, *, block_size, kv_heads, group, head_dim, dtype, tolerance, device="cpu"
+    ):
+        self.fake = FakeRunner(NUM_BLOCKS, block_size)
+        self.block_size, self.tolerance, self.dtype = block_size, tolerance, dtype
+        self.shape = ((group + 2) * kv_heads, head_dim)
+        self.backends = [make_backend("reference", block_size, head_dim), backend]
+        cache = torch.full((2, NUM_BLOCKS, block_size, kv_heads, head_dim), torch.nan, dtype=dtype)
+        self.caches = [cache, cache.to(device, copy=True)]
+        self.noise = torch.Generator().manual_seed(0)
+        self.steps = self.poisoned = 0
+
+    def execute(self, batch):
+        step = build_model_input(batch, self.block_size)
+        qkv = torch.randn(batch.num_tokens, *self.shape, generator=self.noise) * 2
+        poison = torch.from_numpy(step.token_ids == POISON)
+        qkv[poison] = torch.nan
+        angles = torch.randn(batch.num_tokens, self.shape[1] // 2, generator=self.noise)
+        expected, got = (
+            _run(backend, cache, step, qkv.to(self.dtype), angles)
+            for backend, cache in zip(self.backends, self.caches, strict=True)
+        )
+        assert got.shape == expected.shape and got.dtype == self.dtype
+        # Within its chunk a NaN may reach back to tokens before it: all their readers see it too.
+        rows = torch.from_numpy(step.sample_rows) if expected.isnan().any() else slice(None)
+        close = {"atol": self.tolerance, "rtol": self.tolerance, "equal_nan": True}
+        torch.testing.assert_close(got[rows], expected[rows], **close)
+        self.poisoned += int(expected[rows].isnan().any(1).sum())
+        self.steps += 1
+        return self.fake.execute(batch)
+
+
+def _run(backend, cache, step, qkv, angles):
+    rotation = Rotation(angles.cos().to(cache.device), angles.sin().to(cache.device))
+    return backend.plan(step, rotation).run(qkv.to(cache.device, copy=True), *cache).cpu()
+
+
+def check(
+    rows,
+    backend,
+    *,
+    block_size=4,
+    budget=24,
+    group=3,
+    kv_heads=2,
+    head_dim=8,
+    dtype=torch.float32,
+    tolerance=5e-5,
+    device="cpu",
+):
+    """Answer rows with two runners side by side; returns the one that did."""
+    requests = [
+        Request(i, np.array(p, np.int32), SamplingParams(max_tokens=m))
+        for i, (p, m) in enumerate(rows)
+    ]
+    scheduler = Scheduler(
+        BlockPool(NUM_BLOCKS, block_size),
+        max_model_len=1000,
+        max_num_batched_tokens=budget,
+        max_num_seqs=64,
+    )
+    if isinstance(backend, str):
+        backend = make_backend(backend, block_size, head_dim)
+    runner = AttentionCheck(
+        backend,
+        block_size=block_size,
+        kv_heads=kv_heads,
+        group=group,
+        head_dim=head_dim,
+        dtype=dtype,
+        tolerance=tolerance,
+        device=device,
+    )
+    list(Engine(scheduler, runner).run(plan_requests(requests)))
+    return runner
+
+
+def deep_tree():
+    """Long shared prefixes (read as segments) above short ones (folded into the decodes)."""
+    head = [1] * 60
+    return [(head + [2] * (i % 3 * 20) + [i % 5] + [9, i], 3 + i % 7) for i in range(3, 40)]
+
+
+def long_rows():
+    """Contexts of several passes of keys, with decodes and chunks that end anywhere in one."""
+    head = [i % 7 for i in range(530)]
+    return [(head[: 130 * i] + [9 + i] * (1 + 37 * i), 2 + i) for i in range(5)] * 2
+
+
+def poisoned_rows():
+    """Rows of which some hold the poison, alone or with all that share a prefix, anywhere in it."""
+    rows = [(p[:i] + [POISON] * (i % 3 == 0) + p[i:], m) for i, (p, m) in enumerate(deep_tree())]
+    rows += [([3] * 40 + [POISON] + [3] * 30 + [i], 4) for i in range(8)]
+    return rows + [([4, i] * 9 + [POISON] * (i % 2), 3 + i) for i in range(12)]
