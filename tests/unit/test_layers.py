@@ -55,6 +55,7 @@ NO_TORCH = (
     "batchllm.simulate.simulator",
     "batchllm.cache.block_pool",
     "batchllm.runner.fake_runner",
+    "batchllm.attention.cuda_plan",
     "batchllm.runner.dtype",
     "batchllm.runner.threads",
     "batchllm.cache.memory",

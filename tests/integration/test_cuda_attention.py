@@ -1,0 +1,88 @@
+"""The `cuda` kernel's own lines, run by the emulation, against the reference."""
+
+import pytest
+import torch
+from attention_checks import TREES, check, deep_tree, long_rows, poisoned_rows
+from emulated import compile_emulated
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from batchllm.attention.cuda import CudaBackend
+from batchllm.attention.cuda_library import CudaLibrary
+from batchllm.attention.cuda_plan import UnitCosts
+from batchllm.errors import UsageError
+
+BLOCK_SIZE = 16
+# kv heads, query heads of each, head_dim
+SHAPES = [(1, 1, 64), (2, 3, 64), (3, 4, 96), (1, 8, 128), (2, 5, 64), (1, 17, 64), (2, 1, 128)]
+COSTS = [
+    UnitCosts(),
+    UnitCosts(partial_row=0.0, unit=0.0, least_keys=1),  # shared and cut wherever possible
+    UnitCosts(partial_row=1e9),  # nothing shared
+    UnitCosts(partial_row=0.0, unit=0.0, least_keys=70),
+]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    return CudaLibrary(compile_emulated("cuda/csrc/attention.cu", tmp_path_factory.mktemp("cuda")))
+
+
+def hold(library, rows, shape, *, budget=60, costs=None, block_size=BLOCK_SIZE):
+    kv_heads, group, head_dim = shape
+    return check(
+        rows,
+        CudaBackend(block_size, head_dim, library, costs=costs),
+        block_size=block_size,
+        budget=budget,
+        kv_heads=kv_heads,
+        group=group,
+        head_dim=head_dim,
+        dtype=torch.bfloat16,
+        tolerance=3e-2,
+    )
+
+
+RANDOM = given(
+    TREES,
+    st.integers(1, 50),
+    st.sampled_from(SHAPES),
+    st.sampled_from(COSTS),
+    st.sampled_from([1, 8, 16, 64]),
+)
+
+
+@RANDOM
+@settings(max_examples=15, deadline=None)
+def test_equals_reference_on_random_trees(library, rows, budget, shape, costs, block_size):
+    hold(library, rows, shape, budget=budget, costs=costs, block_size=block_size)
+
+
+@pytest.mark.slow
+@RANDOM
+@settings(max_examples=200, deadline=None)
+def test_equals_reference_on_200_random_trees(library, rows, budget, shape, costs, block_size):
+    hold(library, rows, shape, budget=budget, costs=costs, block_size=block_size)
+
+
+@pytest.mark.parametrize("costs", COSTS[:2], ids=["default", "all-shared"])
+def test_equals_reference_on_deep_trees_without_bank_conflicts(library, costs):
+    assert hold(library, deep_tree()[:12], (2, 4, 64), costs=costs).steps > 5
+    assert library.bank_conflicts() == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("costs", COSTS, ids=["default", "all-shared", "none-shared", "cut"])
+def test_equals_reference_on_long_contexts(library, costs):
+    assert hold(library, long_rows(), (1, 3, 128), budget=200, costs=costs).steps > 5
+
+
+@pytest.mark.parametrize("costs", COSTS[:2], ids=["default", "all-shared"])
+def test_nans_stay_with_the_rows_that_see_them(library, costs):
+    assert hold(library, poisoned_rows()[::2], (1, 4, 64), costs=costs).poisoned > 10
+
+
+@pytest.mark.parametrize("block_size, head_dim", [(48, 64), (16, 80)])
+def test_refuses_what_the_kernel_cannot_do(library, block_size, head_dim):
+    with pytest.raises(UsageError, match=r"block_size|head_dim"):
+        CudaBackend(block_size, head_dim, library)
