@@ -52,7 +52,7 @@ BATCHLLM_KERNEL(kThreads, 1) never_written(Arrays arrays) {
 BATCHLLM_KERNEL(kThreads, 1) copy_not_waited_for(Arrays arrays) {
     const Shared<uint16_t> cells = shared_memory<uint16_t>() + 8 * (thread_index() % 16);
     const Global<const uint16_t> from{arrays.halves.data, arrays.halves.size};
-    if (thread_index() < 16) copy_async(cells, from, 8 * thread_index(), false);
+    if (thread_index() < 16) copy_async(cells, from, thread_index(), false);
     copy_async_commit();
     copy_async_wait<1>();
     arrays.numbers[thread_index()] = cells[0];
@@ -61,15 +61,15 @@ BATCHLLM_KERNEL(kThreads, 1) copy_not_waited_for(Arrays arrays) {
 BATCHLLM_KERNEL(kThreads, 1) copy_seen_without_a_barrier(Arrays arrays) {
     const Shared<uint16_t> cells = shared_memory<uint16_t>() + 8 * (thread_index() % 16);
     const Global<const uint16_t> from{arrays.halves.data, arrays.halves.size};
-    if (thread_index() < 16) copy_async(cells, from, 8 * thread_index(), false);
+    if (thread_index() < 16) copy_async(cells, from, thread_index(), false);
     copy_async_commit();
     copy_async_wait<0>();
     arrays.numbers[thread_index()] = cells[0];
 }
 
 BATCHLLM_KERNEL(kThreads, 1) not_aligned(Arrays arrays) {
-    const Global<const uint16_t> from{arrays.halves.data, arrays.halves.size};
-    copy_async(shared_memory<uint16_t>() + 8 * thread_index(), from, 8 * thread_index() + 1, false);
+    const Global<const uint16_t> from{arrays.halves.data + 1, arrays.halves.size - 1};
+    copy_async(shared_memory<uint16_t>() + 8 * thread_index(), from, thread_index(), false);
 }
 
 BATCHLLM_KERNEL(kThreads, 1) half_a_warp(Arrays arrays) {

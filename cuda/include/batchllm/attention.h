@@ -30,7 +30,7 @@ struct AttentionLayout {
     static constexpr int kSlotsAt = 4 * kTile;  // in uint16_t
     static constexpr int kJoinRow = HeadDim + 2;
     static constexpr int kSharedBytes = 2 * kSlotsAt + 4 * kSlots * kTileKeys;
-    static_assert(HeadDim % 16 == 0);
+    static_assert(HeadDim % 16 == 0 && kTileKeys * HeadDim / 8 % kThreads == 0);
     static_assert(4 * kWarps * kWarpRows * (kJoinRow + 2) <= kSharedBytes);
 };
 
@@ -127,13 +127,15 @@ private:
         const int buffer = tile % 2 * Layout::kTile;
         const Global<const uint16_t> keys{layer_.keys.data, layer_.keys.size};
         const Global<const uint16_t> values{layer_.values.data, layer_.values.size};
-#pragma unroll
-        for (int i = thread_; i < kTileKeys * kPieces; i += kThreads) {
+#pragma unroll 4
+        for (int turn = 0; turn < kTileKeys * kPieces / kThreads; ++turn) {
+            const int i = turn * kThreads + thread_;
             const int key = i / kPieces, piece = i % kPieces;
             const int slot = slots_[tile % Layout::kSlots * kTileKeys + key];
-            const int64_t from =
-                (static_cast<int64_t>(max(slot, 0)) * step_.num_kv_heads + kv_head_) * HeadDim +
-                8 * piece;
+            // In pieces, and so in 32 bits for a layer's cache of up to 64 GiB.
+            const uint32_t from =
+                (static_cast<uint32_t>(max(slot, 0)) * step_.num_kv_heads + kv_head_) * kPieces +
+                piece;
             const int to = buffer + key * Layout::kRow + 8 * piece;
             copy_async(memory_ + to, keys, from, slot < 0);
             copy_async(memory_ + (Layout::kValuesAt + to), values, from, slot < 0);

@@ -87,12 +87,13 @@ __device__ __forceinline__ void store2(const Global<float>& array, int64_t index
     *reinterpret_cast<float2*>(array.data + index) = make_float2(a, b);
 }
 
-// 16 bytes from global to shared memory, or 16 zeros; arrive when the thread has waited for them.
+// Piece `piece` of 16 bytes from global to shared memory, or 16 zeros; they have arrived when the
+// thread has waited for them.
 __device__ __forceinline__ void copy_async(
-    Shared<uint16_t> to, const Global<const uint16_t>& from, int64_t index, bool zeros
+    Shared<uint16_t> to, const Global<const uint16_t>& from, uint32_t piece, bool zeros
 ) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to.address()),
-                 "l"(from.data + index), "r"(zeros ? 0 : 16)
+                 "l"(from.data + static_cast<int64_t>(piece) * 8), "r"(zeros ? 0 : 16)
                  : "memory");
 }
 

@@ -151,8 +151,9 @@ inline void store2(const Global<float>& array, int64_t index, float a, float b) 
 
 // Copied when it is waited for: nobody may rely on it before.
 inline void copy_async(
-    Shared<uint16_t> to, const Global<const uint16_t>& from, int64_t index, bool zeros
+    Shared<uint16_t> to, const Global<const uint16_t>& from, uint32_t piece, bool zeros
 ) {
+    const int64_t index = static_cast<int64_t>(piece) * 8;
     if (!zeros) {
         from.check(index, 8);
         emulation::check_aligned(from.data + index, 16);
