@@ -5,6 +5,8 @@ import torch
 from hypothesis import strategies as st
 
 from batchllm.attention.backend import make_backend
+from batchllm.attention.cuda import kv_row_values
+from batchllm.attention.rounded import RoundedBackend
 from batchllm.cache.block_pool import BlockPool
 from batchllm.engine import Engine
 from batchllm.models.rope import Rotation
@@ -33,14 +35,20 @@ class AttentionCheck:
     """
 
     def __init__(
-        self, backend, *, block_size, kv_heads, group, head_dim, dtype, tolerance, device="cpu"
+        self, backend, *, block_size, kv_heads, group, head_dim, dtype, tolerance, device, kv_dtype
     ):
         self.fake = FakeRunner(NUM_BLOCKS, block_size)
         self.block_size, self.tolerance, self.dtype = block_size, tolerance, dtype
         self.shape = ((group + 2) * kv_heads, head_dim)
-        self.backends = [make_backend("reference", block_size, head_dim), backend]
-        cache = torch.full((2, NUM_BLOCKS, block_size, kv_heads, head_dim), torch.nan, dtype=dtype)
-        self.caches = [cache, cache.to(device, copy=True)]
+        reference = make_backend("reference", block_size, head_dim)
+        shape = (2, NUM_BLOCKS, block_size, kv_heads)
+        plain = torch.full((*shape, head_dim), torch.nan, dtype=dtype)
+        cache = plain.to(device, copy=True)
+        if kv_dtype is not None:
+            reference, plain = RoundedBackend(reference, kv_dtype), plain.float()
+            cache = torch.full((*shape, kv_row_values(head_dim, kv_dtype)), 127, dtype=torch.int8)
+            cache = cache.to(device).view(kv_dtype)  # NaN
+        self.backends, self.caches = [reference, backend], [plain, cache]
         self.noise = torch.Generator().manual_seed(0)
         self.steps = self.poisoned = 0
 
@@ -54,6 +62,7 @@ class AttentionCheck:
             _run(backend, cache, step, qkv.to(self.dtype), angles)
             for backend, cache in zip(self.backends, self.caches, strict=True)
         )
+        expected = expected.to(self.dtype)
         assert got.shape == expected.shape and got.dtype == self.dtype
         # Within its chunk a NaN may reach back to tokens before it: all their readers see it too.
         rows = torch.from_numpy(step.sample_rows) if expected.isnan().any() else slice(None)
@@ -81,6 +90,7 @@ def check(
     dtype=torch.float32,
     tolerance=5e-5,
     device="cpu",
+    kv_dtype=None,
 ):
     """Answer rows with two runners side by side; returns the one that did."""
     requests = [
@@ -104,6 +114,7 @@ def check(
         dtype=dtype,
         tolerance=tolerance,
         device=device,
+        kv_dtype=kv_dtype,
     )
     list(Engine(scheduler, runner).run(plan_requests(requests)))
     return runner

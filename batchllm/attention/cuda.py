@@ -3,17 +3,32 @@
 import numpy as np
 import torch
 
-from batchllm.attention.cuda_library import Array, AttentionLayer, AttentionStep, CudaLibrary
+from batchllm.attention.cuda_library import (
+    KV_TYPES,
+    Array,
+    AttentionLayer,
+    AttentionStep,
+    CudaLibrary,
+)
 from batchllm.attention.cuda_plan import UnitCosts, WorkPlan, plan_units
 from batchllm.errors import UsageError
 from batchllm.models.rope import Rotation
 from batchllm.runner.model_input import ModelInput
 
 HEAD_DIMS = (64, 96, 128)
+_SCALE_BYTES = 4  # of a token's head, where it has a scale
+
+
+def kv_row_values(head_dim: int, kv_dtype: torch.dtype) -> int:
+    """The last size of a cache whose rows have `head_dim` values: what scales take is added."""
+    return head_dim + _SCALE_BYTES if kv_dtype == torch.int8 else head_dim
 
 
 class CudaBackend:
     """Attention over the prefix tree by the kernel in cuda/, planned in numpy once a step.
+
+    Queries, keys and values come in bfloat16; the cache is of `kv_dtype`: bfloat16, float8_e4m3fn
+    or int8, whose rows have scales (`kv_row_values`).
 
     Raises:
         UsageError: the kernel cannot do these sizes.
@@ -27,6 +42,7 @@ class CudaBackend:
         head_dim: int,
         library: CudaLibrary,
         *,
+        kv_dtype: torch.dtype = torch.bfloat16,
         costs: UnitCosts | None = None,
     ) -> None:
         if block_size & (block_size - 1):
@@ -39,9 +55,12 @@ class CudaBackend:
                 f"the cuda attention kernel is compiled for a head_dim of "
                 f"{', '.join(map(str, HEAD_DIMS))}; it is {head_dim}"
             )
+        if kv_dtype == torch.int8 and block_size % 4:
+            raise UsageError(f"int8 KV needs a block_size of 4 or more; it is {block_size}")
         self.name = "cuda (emulated)" if library.is_emulated else "cuda"
         self.library = library
-        self.num_blocks = library.resident_blocks(head_dim)
+        self.kv_dtype = kv_dtype
+        self.num_blocks = library.resident_blocks(head_dim, kv_dtype)
         self.costs = costs or UnitCosts()
         self.block_size = block_size
 
@@ -61,17 +80,21 @@ class CudaPlan:
         self._kept: list[torch.Tensor] = []  # what `_step` points to
 
     def run(self, qkv: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """See `LayerPlan.run`; all in bfloat16."""
-        assert qkv.dtype == keys.dtype == values.dtype == torch.bfloat16
+        """See `LayerPlan.run`."""
+        backend = self._backend
+        assert qkv.dtype == torch.bfloat16, qkv.dtype
+        assert keys.dtype == values.dtype == backend.kv_dtype, keys.dtype
         num_tokens, width, head_dim = qkv.shape
         num_kv_heads = keys.shape[2]
         num_heads = width - 2 * num_kv_heads
         if self._step is None:
             self._step = self._prepare(num_heads, num_kv_heads, qkv.device)
         out = qkv.new_empty(num_tokens, num_heads * head_dim)
-        layer = AttentionLayer(*map(Array.of, (qkv, keys, values, out)))
+        assert keys.shape[3] == kv_row_values(head_dim, keys.dtype)
+        layer = AttentionLayer(
+            Array.of(qkv), Array.of_bytes(keys), Array.of_bytes(values), Array.of(out)
+        )
         stream = torch.cuda.current_stream().cuda_stream if qkv.is_cuda else 0
-        backend = self._backend
         backend.library.attention(self._step, layer, head_dim, backend.num_blocks, stream)
         return out
 
@@ -114,15 +137,10 @@ class CudaPlan:
             partial_lse=self._keep(torch.empty(rows, device=device)),
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
-            block_shift=backend_shift(self._backend.block_size),
-            unused=0,
+            block_shift=self._backend.block_size.bit_length() - 1,
+            kv_type=KV_TYPES[self._backend.kv_dtype],
         )
 
     def _keep(self, tensor: torch.Tensor) -> Array:
         self._kept.append(tensor)
         return Array.of(tensor)
-
-
-def backend_shift(block_size: int) -> int:
-    """Log2 of a block size."""
-    return block_size.bit_length() - 1

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import torch
 
+# `KvType` of cuda/include/batchllm/step.h, by the dtype that a cache has.
+KV_TYPES = {torch.bfloat16: 0, torch.float8_e4m3fn: 1, torch.int8: 2}
+
 
 class Array(ctypes.Structure):
     """`Global` of cuda/include/batchllm/device.h: where an array is, and how many values it has."""
@@ -18,6 +21,12 @@ class Array(ctypes.Structure):
         assert tensor.is_contiguous()
         return cls(tensor.data_ptr(), tensor.numel())
 
+    @classmethod
+    def of_bytes(cls, tensor: torch.Tensor) -> "Array":
+        """The same, counted in bytes."""
+        assert tensor.is_contiguous()
+        return cls(tensor.data_ptr(), tensor.nbytes)
+
 
 class AttentionStep(ctypes.Structure):
     """`AttentionStep` of cuda/include/batchllm/step.h."""
@@ -27,7 +36,7 @@ class AttentionStep(ctypes.Structure):
         *[(name, Array) for name in ("units", "read_key", "read_block", "block_ids")],
         *[(name, Array) for name in ("merge_query", "merge_offsets", "merge_origins")],
         *[(name, Array) for name in ("next_unit", "partial_out", "partial_lse")],
-        *[(name, c_int32) for name in ("num_heads", "num_kv_heads", "block_shift", "unused")],
+        *[(name, c_int32) for name in ("num_heads", "num_kv_heads", "block_shift", "kv_type")],
     ]
 
 
@@ -50,16 +59,16 @@ class CudaLibrary:
         self._attention.argtypes = [c_void_p, c_void_p, c_int, c_int, c_void_p]
         self._attention.restype = c_char_p
         self._resident_blocks = library.batchllm_resident_blocks
-        self._resident_blocks.argtypes = [c_int]
+        self._resident_blocks.argtypes = [c_int, c_int]
         self._resident_blocks.restype = c_int
         self.is_emulated = hasattr(library, "batchllm_bank_conflicts")
         if self.is_emulated:
             library.batchllm_bank_conflicts.restype = c_long
             self.bank_conflicts = library.batchllm_bank_conflicts
 
-    def resident_blocks(self, head_dim: int) -> int:
+    def resident_blocks(self, head_dim: int, kv_dtype: torch.dtype) -> int:
         """How many blocks of the attention kernel the device holds at once; 0 if it runs none."""
-        return int(self._resident_blocks(head_dim))
+        return int(self._resident_blocks(head_dim, KV_TYPES[kv_dtype]))
 
     def attention(
         self, step: AttentionStep, layer: AttentionLayer, head_dim: int, blocks: int, stream: int

@@ -6,19 +6,46 @@ using namespace batchllm;
 
 namespace {
 
-template <int HeadDim>
-const char* run(const AttentionStep& step, const AttentionLayer& layer, int blocks, void* stream) {
-    const char* error = launch(rotate_kernel<HeadDim>, blocks, kThreads, 0, stream, step, layer);
-    if (error) return error;
-    error = launch(attention_kernel<HeadDim>, blocks, kThreads, attention_shared_bytes<HeadDim>(),
-                   stream, step, layer);
-    if (error) return error;
-    return launch(merge_kernel<HeadDim>, blocks, kThreads, 0, stream, step, layer);
-}
+template <int HeadDim, KvType Type>
+struct Kernels {
+    static constexpr int kBytes = AttentionLayout<HeadDim, Type>::kBytes;
 
-template <int HeadDim>
-int blocks() {
-    return resident_blocks(attention_kernel<HeadDim>, kThreads, attention_shared_bytes<HeadDim>());
+    static const char* run(
+        const AttentionStep& step, const AttentionLayer& layer, int blocks, void* stream
+    ) {
+        const char* error =
+            launch(rotate_kernel<HeadDim, Type>, blocks, kThreads, 0, stream, step, layer);
+        if (error) return error;
+        error = launch(
+            attention_kernel<HeadDim, Type>, blocks, kThreads, kBytes, stream, step, layer
+        );
+        if (error) return error;
+        return launch(merge_kernel<HeadDim>, blocks, kThreads, 0, stream, step, layer);
+    }
+
+    static int blocks() {
+        return resident_blocks(attention_kernel<HeadDim, Type>, kThreads, kBytes);
+    }
+};
+
+// `use` with the kernels for these sizes; `otherwise` where there are none.
+template <typename Result, typename Use>
+Result with_kernels(int head_dim, int kv_type, Result otherwise, Use use) {
+    const auto with_type = [&](auto dim) -> Result {
+        constexpr int kDim = decltype(dim)::value;
+        switch (static_cast<KvType>(kv_type)) {
+            case KvType::kBfloat16: return use(Kernels<kDim, KvType::kBfloat16>());
+            case KvType::kFloat8: return use(Kernels<kDim, KvType::kFloat8>());
+            case KvType::kInt8: return use(Kernels<kDim, KvType::kInt8>());
+        }
+        return otherwise;
+    };
+    switch (head_dim) {
+        case 64: return with_type(std::integral_constant<int, 64>());
+        case 96: return with_type(std::integral_constant<int, 96>());
+        case 128: return with_type(std::integral_constant<int, 128>());
+        default: return otherwise;
+    }
 }
 
 }  // namespace
@@ -28,22 +55,15 @@ extern "C" {
 const char* batchllm_attention(
     const AttentionStep* step, const AttentionLayer* layer, int head_dim, int blocks, void* stream
 ) {
-    switch (head_dim) {
-        case 64: return run<64>(*step, *layer, blocks, stream);
-        case 96: return run<96>(*step, *layer, blocks, stream);
-        case 128: return run<128>(*step, *layer, blocks, stream);
-        default: return "head_dim must be 64, 96 or 128";
-    }
+    const char* unknown = "not compiled for these sizes";
+    return with_kernels(head_dim, step->kv_type, unknown, [&](auto kernels) {
+        return kernels.run(*step, *layer, blocks, stream);
+    });
 }
 
 // Blocks of the attention kernel that the device holds at once; 0 where it does not run.
-int batchllm_resident_blocks(int head_dim) {
-    switch (head_dim) {
-        case 64: return blocks<64>();
-        case 96: return blocks<96>();
-        case 128: return blocks<128>();
-        default: return 0;
-    }
+int batchllm_resident_blocks(int head_dim, int kv_type) {
+    return with_kernels(head_dim, kv_type, 0, [](auto kernels) { return kernels.blocks(); });
 }
 
 #ifndef __CUDACC__

@@ -28,11 +28,14 @@ def library(tmp_path_factory):
     return CudaLibrary(compile_emulated("cuda/csrc/attention.cu", tmp_path_factory.mktemp("cuda")))
 
 
-def hold(library, rows, shape, *, budget=60, costs=None, block_size=BLOCK_SIZE):
+def hold(library, rows, shape, *, budget=60, costs=None, block_size=BLOCK_SIZE, kv_dtype=None):
     kv_heads, group, head_dim = shape
+    backend = CudaBackend(
+        block_size, head_dim, library, costs=costs, kv_dtype=kv_dtype or torch.bfloat16
+    )
     return check(
         rows,
-        CudaBackend(block_size, head_dim, library, costs=costs),
+        backend,
         block_size=block_size,
         budget=budget,
         kv_heads=kv_heads,
@@ -40,29 +43,52 @@ def hold(library, rows, shape, *, budget=60, costs=None, block_size=BLOCK_SIZE):
         head_dim=head_dim,
         dtype=torch.bfloat16,
         tolerance=3e-2,
+        kv_dtype=kv_dtype,
     )
 
 
+KV_DTYPES = [None, torch.float8_e4m3fn, torch.int8]
 RANDOM = given(
     TREES,
     st.integers(1, 50),
     st.sampled_from(SHAPES),
     st.sampled_from(COSTS),
-    st.sampled_from([1, 8, 16, 64]),
+    st.sampled_from([4, 16, 64]),
+    st.sampled_from(KV_DTYPES),
 )
 
 
 @RANDOM
 @settings(max_examples=15, deadline=None)
-def test_equals_reference_on_random_trees(library, rows, budget, shape, costs, block_size):
-    hold(library, rows, shape, budget=budget, costs=costs, block_size=block_size)
+def test_equals_reference_on_random_trees(
+    library, rows, budget, shape, costs, block_size, kv_dtype
+):
+    hold(
+        library,
+        rows,
+        shape,
+        budget=budget,
+        costs=costs,
+        block_size=block_size,
+        kv_dtype=kv_dtype,
+    )
 
 
 @pytest.mark.slow
 @RANDOM
 @settings(max_examples=200, deadline=None)
-def test_equals_reference_on_200_random_trees(library, rows, budget, shape, costs, block_size):
-    hold(library, rows, shape, budget=budget, costs=costs, block_size=block_size)
+def test_equals_reference_on_200_random_trees(
+    library, rows, budget, shape, costs, block_size, kv_dtype
+):
+    hold(
+        library,
+        rows,
+        shape,
+        budget=budget,
+        costs=costs,
+        block_size=block_size,
+        kv_dtype=kv_dtype,
+    )
 
 
 @pytest.mark.parametrize("costs", COSTS[:2], ids=["default", "all-shared"])
@@ -77,9 +103,16 @@ def test_equals_reference_on_long_contexts(library, costs):
     assert hold(library, long_rows(), (1, 3, 128), budget=200, costs=costs).steps > 5
 
 
-@pytest.mark.parametrize("costs", COSTS[:2], ids=["default", "all-shared"])
-def test_nans_stay_with_the_rows_that_see_them(library, costs):
-    assert hold(library, poisoned_rows()[::2], (1, 4, 64), costs=costs).poisoned > 10
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES[1:], ids=["float8", "int8"])
+def test_equals_reference_with_eight_bits_without_bank_conflicts(library, kv_dtype):
+    assert hold(library, deep_tree()[:12], (2, 4, 64), kv_dtype=kv_dtype).steps > 5
+    assert library.bank_conflicts() == 0
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES, ids=["bfloat16", "float8", "int8"])
+def test_nans_stay_with_the_rows_that_see_them(library, kv_dtype):
+    rows = poisoned_rows()[::2]
+    assert hold(library, rows, (1, 4, 64), costs=COSTS[1], kv_dtype=kv_dtype).poisoned > 10
 
 
 @pytest.mark.parametrize("block_size, head_dim", [(48, 64), (16, 80)])

@@ -5,15 +5,67 @@
 
 namespace batchllm {
 
+// The larger of two, or a NaN.
+BATCHLLM_DEVICE float larger(float a, float b) { return a > b || a != a ? a : b; }
+
+// Four values of a row: a lane's pairs in both halves.
+struct RowPart {
+    float left[2], right[2];
+
+    BATCHLLM_DEVICE float most() const {
+        return larger(larger(fabsf(left[0]), fabsf(left[1])),
+                      larger(fabsf(right[0]), fabsf(right[1])));
+    }
+};
+
+template <int HeadDim, KvType Type>
+BATCHLLM_DEVICE void store_row(
+    const Global<unsigned char>& cache, const KvLayout<HeadDim, Type>& layout, int64_t slot,
+    int kv_head, RowPart part, bool has_part
+) {
+    using Layout = KvLayout<HeadDim, Type>;
+    const int lane = thread_index() % kWarpSize;
+    const int64_t block = slot >> layout.block_shift;
+    const int place = static_cast<int>(slot & ((1 << layout.block_shift) - 1));
+    const int64_t to = layout.row(block, place) + kv_head * Layout::kRowBytes;
+    const int left = 2 * lane, right = HeadDim / 2 + 2 * lane;
+    if constexpr (Type == KvType::kBfloat16) {
+        if (!has_part) return;
+        store(cache, to + 2 * left, pack_bfloat16(part.left[0], part.left[1]));
+        store(cache, to + 2 * right, pack_bfloat16(part.right[0], part.right[1]));
+        return;
+    }
+    float inverse = 1;
+    if constexpr (Layout::kHasScales) {
+        float most = part.most();
+        for (int mask = kWarpSize / 2; mask; mask /= 2) most = larger(most, shuffle_xor(most, mask));
+        inverse = most > 0 ? 127 / most : 0.0f;
+        if (lane == 0) store(cache, layout.scale(block, place) + 4 * kv_head, most / 127);
+    }
+    const auto rounded = [inverse](float value) {
+        return Layout::kHasScales ? static_cast<uint32_t>(static_cast<int>(rintf(value * inverse))) & 0xff
+                                  : float8_of_float(value);
+    };
+    const auto both = [&](const float (&pair)[2]) {
+        return static_cast<uint16_t>(rounded(pair[0]) | rounded(pair[1]) << 8);
+    };
+    if (!has_part) return;
+    store(cache, to + left, both(part.left));
+    store(cache, to + right, both(part.right));
+}
+
 // Queries are rotated in place, keys on their way to the cache, values copied there. A warp takes
-// one head of one token; pairs are (i, i + head_dim / 2), in float32, rounded once.
-template <int HeadDim>
+// one head of one token; pairs are (i, i + head_dim / 2), in float32, rounded once, and once more
+// to a cache of eight bits.
+template <int HeadDim, KvType Type>
 BATCHLLM_KERNEL(kThreads, 1)
 rotate_kernel(AttentionStep step, AttentionLayer layer) {
     constexpr int kHalf = HeadDim / 2;
+    static_assert(kHalf <= 2 * kWarpSize);
     if (block_index() == 0 && thread_index() == 0) step.next_unit[0] = 0;
-    const Global<const uint16_t> qkv{layer.qkv.data, layer.qkv.size};
-    const int lane = thread_index() % kWarpSize;
+    const KvLayout<HeadDim, Type> cache{step.num_kv_heads, step.block_shift};
+    const int pair = 2 * (thread_index() % kWarpSize);
+    const bool has_part = pair < kHalf;
     const int keys_at = step.num_heads, values_at = step.num_heads + step.num_kv_heads;
     const int width = values_at + step.num_kv_heads;
     const int total = step.counts[0] * width;
@@ -21,34 +73,30 @@ rotate_kernel(AttentionStep step, AttentionLayer layer) {
     for (int i = block_index() * kWarps + thread_index() / kWarpSize; i < total; i += warps) {
         const int64_t token = i / width;
         const int head = i % width;
-        const int64_t from = static_cast<int64_t>(i) * HeadDim;
-        for (int pair = 2 * lane; pair < kHalf; pair += 2 * kWarpSize) {
-            uint32_t left = load<uint32_t>(qkv, from + pair);
-            uint32_t right = load<uint32_t>(qkv, from + kHalf + pair);
-            if (head < values_at) {
-                float turned[2][2];
-                for (int j = 0; j < 2; ++j) {
-                    const float cos = step.cos[token * kHalf + pair + j];
-                    const float sin = step.sin[token * kHalf + pair + j];
-                    const float a = float_of_bits(j ? left & 0xffff0000u : left << 16);
-                    const float b = float_of_bits(j ? right & 0xffff0000u : right << 16);
-                    turned[0][j] = a * cos - b * sin;
-                    turned[1][j] = b * cos + a * sin;
-                }
-                left = pack_bfloat16(turned[0][0], turned[0][1]);
-                right = pack_bfloat16(turned[1][0], turned[1][1]);
+        const int64_t from = static_cast<int64_t>(i) * HeadDim + pair;
+        RowPart part = {};
+        if (has_part) {
+            const uint32_t left = load<uint32_t>(layer.qkv, from);
+            const uint32_t right = load<uint32_t>(layer.qkv, from + kHalf);
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                const float a = float_of_bits(j ? left & 0xffff0000u : left << 16);
+                const float b = float_of_bits(j ? right & 0xffff0000u : right << 16);
+                const bool turns = head < values_at;
+                const float cos = turns ? step.cos[token * kHalf + pair + j] : 1.0f;
+                const float sin = turns ? step.sin[token * kHalf + pair + j] : 0.0f;
+                part.left[j] = turns ? a * cos - b * sin : a;
+                part.right[j] = turns ? b * cos + a * sin : b;
             }
-            if (head < keys_at) {
-                store(layer.qkv, from + pair, left);
-                store(layer.qkv, from + kHalf + pair, right);
-                continue;
-            }
+        }
+        if (head >= keys_at) {
             const bool is_key = head < values_at;
             const int kv_head = head - (is_key ? keys_at : values_at);
-            const int64_t to = (step.slots[token] * step.num_kv_heads + kv_head) * HeadDim + pair;
-            const Global<uint16_t>& cache = is_key ? layer.keys : layer.values;
-            store(cache, to, left);
-            store(cache, to + kHalf, right);
+            const Global<unsigned char> to = is_key ? layer.keys : layer.values;
+            store_row(to, cache, step.slots[token], kv_head, part, has_part);
+        } else if (has_part) {
+            store(layer.qkv, from, pack_bfloat16(part.left[0], part.left[1]));
+            store(layer.qkv, from + kHalf, pack_bfloat16(part.right[0], part.right[1]));
         }
     }
 }

@@ -72,14 +72,16 @@ __device__ __forceinline__ uint32_t pack_bfloat16(float low, float high) {
 }
 
 __device__ __forceinline__ float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
+__device__ __forceinline__ uint32_t bits_of_float(float value) { return __float_as_uint(value); }
 
-template <typename T>
-__device__ __forceinline__ T load(const Global<const uint16_t>& array, int64_t index) {
+// A T that lies anywhere in an array of smaller values, on a multiple of its size.
+template <typename T, typename U>
+__device__ __forceinline__ T load(const Global<U>& array, int64_t index) {
     return *reinterpret_cast<const T*>(array.data + index);
 }
 
-template <typename T>
-__device__ __forceinline__ void store(const Global<uint16_t>& array, int64_t index, T value) {
+template <typename T, typename U>
+__device__ __forceinline__ void store(const Global<U>& array, int64_t index, T value) {
     *reinterpret_cast<T*>(array.data + index) = value;
 }
 
@@ -87,14 +89,23 @@ __device__ __forceinline__ void store2(const Global<float>& array, int64_t index
     *reinterpret_cast<float2*>(array.data + index) = make_float2(a, b);
 }
 
-// Piece `piece` of 16 bytes from global to shared memory, or 16 zeros; they have arrived when the
-// thread has waited for them.
+// Piece `piece` of `Bytes` bytes (16 or 4) from global to shared memory, or zeros; they have arrived
+// when the thread has waited for them.
+template <int Bytes>
 __device__ __forceinline__ void copy_async(
-    Shared<uint16_t> to, const Global<const uint16_t>& from, uint32_t piece, bool zeros
+    Shared<unsigned char> to, const Global<unsigned char>& from, uint32_t piece, bool zeros
 ) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to.address()),
-                 "l"(from.data + static_cast<int64_t>(piece) * 8), "r"(zeros ? 0 : 16)
-                 : "memory");
+    const unsigned char* address = from.data + static_cast<int64_t>(piece) * Bytes;
+    const int count = zeros ? 0 : Bytes;
+    if constexpr (Bytes == 16) {
+        asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to.address()),
+                     "l"(address), "r"(count)
+                     : "memory");
+    } else {
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to.address()),
+                     "l"(address), "n"(Bytes), "r"(count)
+                     : "memory");
+    }
 }
 
 __device__ __forceinline__ void copy_async_commit() {

@@ -114,10 +114,15 @@ inline float float_of_bits(uint32_t bits) {
     return value;
 }
 
-// Rounded to nearest, ties to even.
-inline uint32_t bfloat16_bits(float value) {
+inline uint32_t bits_of_float(float value) {
     uint32_t bits;
     std::memcpy(&bits, &value, 4);
+    return bits;
+}
+
+// Rounded to nearest, ties to even.
+inline uint32_t bfloat16_bits(float value) {
+    const uint32_t bits = bits_of_float(value);
     if (std::isnan(value)) return 0x7fff;
     return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
@@ -126,18 +131,18 @@ inline uint32_t pack_bfloat16(float low, float high) {
     return bfloat16_bits(low) | bfloat16_bits(high) << 16;
 }
 
-template <typename T>
-T load(const Global<const uint16_t>& array, int64_t index) {
-    array.check(index, sizeof(T) / 2);
+template <typename T, typename U>
+T load(const Global<U>& array, int64_t index) {
+    array.check(index, sizeof(T) / sizeof(U));
     emulation::check_aligned(array.data + index, sizeof(T));
     T value;
     std::memcpy(&value, array.data + index, sizeof(T));
     return value;
 }
 
-template <typename T>
-void store(const Global<uint16_t>& array, int64_t index, T value) {
-    array.check(index, sizeof(T) / 2);
+template <typename T, typename U>
+void store(const Global<U>& array, int64_t index, T value) {
+    array.check(index, sizeof(T) / sizeof(U));
     emulation::check_aligned(array.data + index, sizeof(T));
     std::memcpy(array.data + index, &value, sizeof(T));
 }
@@ -150,16 +155,17 @@ inline void store2(const Global<float>& array, int64_t index, float a, float b) 
 }
 
 // Copied when it is waited for: nobody may rely on it before.
-inline void copy_async(
-    Shared<uint16_t> to, const Global<const uint16_t>& from, uint32_t piece, bool zeros
+template <int Bytes>
+void copy_async(
+    Shared<unsigned char> to, const Global<unsigned char>& from, uint32_t piece, bool zeros
 ) {
-    const int64_t index = static_cast<int64_t>(piece) * 8;
+    const int64_t index = static_cast<int64_t>(piece) * Bytes;
     if (!zeros) {
-        from.check(index, 8);
-        emulation::check_aligned(from.data + index, 16);
+        from.check(index, Bytes);
+        emulation::check_aligned(from.data + index, Bytes);
     }
     emulation::block().memory.begin_copy(
-        emulation::self(), {to.offset, zeros ? nullptr : from.data + index}
+        emulation::self(), {to.offset, Bytes, zeros ? nullptr : from.data + index}
     );
 }
 

@@ -18,9 +18,9 @@ inline void check_aligned(const void* address, size_t bytes) {
     }
 }
 
-// 16 bytes to come, from global memory, or zeros where `from` is null.
+// Bytes to come from global memory, or zeros where `from` is null.
 struct Copy {
-    int offset;
+    int offset, bytes;
     const void* from;
 };
 
@@ -82,8 +82,8 @@ public:
     }
 
     void begin_copy(Thread& thread, Copy copy) {
-        check_aligned(data(copy.offset), 16);
-        for (Cell& cell : cells("copied to", copy.offset, 16)) {
+        check_aligned(data(copy.offset), copy.bytes);
+        for (Cell& cell : cells("copied to", copy.offset, copy.bytes)) {
             if (cell.copier != Cell::kNobody) fail("two copies under way" + at(copy.offset));
             claim(cell, thread, copy.offset);
             cell.copier = thread.thread;
@@ -94,14 +94,14 @@ public:
     void end_copies(Thread& thread, size_t left) {
         for (; thread.groups.size() > left; thread.groups.pop_front()) {
             for (const Copy& copy : thread.groups.front()) {
-                for (Cell& cell : cells("copied to", copy.offset, 16)) {
+                for (Cell& cell : cells("copied to", copy.offset, copy.bytes)) {
                     cell.copier = Cell::kNobody;
                     claim(cell, thread, copy.offset);
                 }
                 if (copy.from) {
-                    std::memcpy(data(copy.offset), copy.from, 16);
+                    std::memcpy(data(copy.offset), copy.from, copy.bytes);
                 } else {
-                    std::memset(data(copy.offset), 0, 16);
+                    std::memset(data(copy.offset), 0, copy.bytes);
                 }
             }
         }

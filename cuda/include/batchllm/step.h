@@ -36,16 +36,20 @@ struct AttentionStep {
     int32_t num_heads;
     int32_t num_kv_heads;
     int32_t block_shift;           // log2 of the block size
-    int32_t unused;
+    int32_t kv_type;               // a KvType
 };
 
-// One layer of it: qkv [num_tokens, heads + 2 kv_heads, head_dim], of which the queries are rotated
-// in place; its cache, [num_blocks, block_size, kv_heads, head_dim]; out [num_tokens, heads,
-// head_dim]. All bfloat16.
+// How keys and values are stored, [num_blocks, block_size, kv_heads, head_dim]: as bfloat16; as
+// float8, which is e4m3 without a scale, as FlashInfer has it; or as int8, where a row of a head has
+// a scale, and the block's scales, float32 [block_size, kv_heads], lie behind its values.
+enum class KvType { kBfloat16, kFloat8, kInt8 };
+
+// One layer of it: qkv bfloat16 [num_tokens, heads + 2 kv_heads, head_dim], of which the queries are
+// rotated in place; its cache; out bfloat16 [num_tokens, heads, head_dim].
 struct AttentionLayer {
     Global<uint16_t> qkv;
-    Global<uint16_t> keys;
-    Global<uint16_t> values;
+    Global<unsigned char> keys;
+    Global<unsigned char> values;
     Global<uint16_t> out;
 };
 
