@@ -1,5 +1,7 @@
 """Rows whose attention is checked, and a runner that holds a backend against the reference."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from hypothesis import strategies as st
@@ -13,7 +15,8 @@ from batchllm.models.rope import Rotation
 from batchllm.prefix.plan import plan_requests
 from batchllm.request import Request, SamplingParams
 from batchllm.runner.fake_runner import FakeRunner
-from batchllm.runner.model_input import build_model_input
+from batchllm.runner.model_input import ModelInput, build_model_input
+from batchllm.scheduler.batch import Samples
 from batchllm.scheduler.scheduler import Scheduler
 
 NUM_BLOCKS = 400
@@ -53,11 +56,16 @@ class AttentionCheck:
         self.steps = self.poisoned = 0
 
     def execute(self, batch):
-        step = build_model_input(batch, self.block_size)
-        qkv = torch.randn(batch.num_tokens, *self.shape, generator=self.noise) * 2
+        self.hold(build_model_input(batch, self.block_size))
+        return self.fake.execute(batch)
+
+    def hold(self, step):
+        """One step with both backends."""
+        num_tokens = len(step.token_ids)
+        qkv = torch.randn(num_tokens, *self.shape, generator=self.noise) * 2
         poison = torch.from_numpy(step.token_ids == POISON)
         qkv[poison] = torch.nan
-        angles = torch.randn(batch.num_tokens, self.shape[1] // 2, generator=self.noise)
+        angles = torch.randn(num_tokens, self.shape[1] // 2, generator=self.noise)
         expected, got = (
             _run(backend, cache, step, qkv.to(self.dtype), angles)
             for backend, cache in zip(self.backends, self.caches, strict=True)
@@ -70,7 +78,6 @@ class AttentionCheck:
         torch.testing.assert_close(got[rows], expected[rows], **close)
         self.poisoned += int(expected[rows].isnan().any(1).sum())
         self.steps += 1
-        return self.fake.execute(batch)
 
 
 def _run(backend, cache, step, qkv, angles):
@@ -118,6 +125,40 @@ def check(
     )
     list(Engine(scheduler, runner).run(plan_requests(requests)))
     return runner
+
+
+def check_tree(items, backend, **sizes):
+    """Fill the cache with a tree's segments, then attend as `items` say; of `AttentionCheck`."""
+    runner = AttentionCheck(backend, **sizes)
+    ends = np.cumsum(items.kv_len)
+    everything = replace(
+        items,
+        query_begin=ends - items.kv_len,
+        query_end=ends,
+        own=np.ones(len(items), dtype=np.bool_),
+    )
+    for step in (everything, items):
+        runner.hold(_step_of(step, runner.block_size))
+    return runner
+
+
+def _step_of(items, block_size):
+    """A step whose chunks are the ends of their own segments."""
+    slots = np.zeros(items.query_end.max(), dtype=np.int64)
+    for item in np.flatnonzero(items.own):
+        begin, end = items.query_begin[item], items.query_end[item]
+        places = items.kv_len[item] - (end - begin) + np.arange(end - begin)
+        blocks = items.blocks(item)[places // block_size]
+        slots[begin:end] = blocks * block_size + places % block_size
+    none = np.zeros(0, dtype=np.int64)
+    return ModelInput(
+        token_ids=np.zeros(len(slots), dtype=np.int32),
+        positions=none,
+        slots=slots,
+        items=items,
+        sample_rows=none,
+        samples=Samples(none, none, none, none, none, none, []),
+    )
 
 
 def deep_tree():

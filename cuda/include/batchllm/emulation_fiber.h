@@ -5,6 +5,7 @@
 #include <ucontext.h>
 
 #include <cstdint>
+#include <cstring>
 #include <functional>
 #include <memory>
 #include <string>
@@ -42,9 +43,6 @@ struct WarpMeeting {
 
 class Block {
 public:
-    using WarpOperation =
-        std::function<void(const std::vector<const void*>&, const std::vector<void*>&)>;
-
     Block(int index, int num_blocks, int threads, int shared_bytes, std::function<void()> body)
         : index(index), num_blocks(num_blocks), memory(shared_bytes), fibers_(threads),
           meetings_(threads / kWarpSize), body_(std::move(body)) {
@@ -87,10 +85,11 @@ public:
     }
 
     // An operation that all lanes of a warp enter together; the last one does it for all.
-    void with_warp(const char* name, const void* in, void* out, const WarpOperation& operation) {
+    template <typename Operation>
+    void with_warp(const char* name, const void* in, void* out, const Operation& operation) {
         Fiber& self = *current_;
         WarpMeeting& meeting = meetings_[self.thread.warp()];
-        if (meeting.arrived && std::string(meeting.name) != name) {
+        if (meeting.arrived && std::strcmp(meeting.name, name) != 0) {
             fail(std::string("a warp meets in ") + meeting.name + " and in " + name);
         }
         int lane = self.thread.thread % kWarpSize;
