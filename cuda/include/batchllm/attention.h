@@ -64,6 +64,7 @@ public:
           slots_((memory_ + Layout::kSlotsAt).template as<int32_t>()),
           scales_((memory_ + Layout::kScalesAt).template as<float>()), read_(unit.read_begin) {}
 
+    // All threads have met since another unit's memory was read.
     BATCHLLM_DEVICE void run() {
         const int first_row = unit_.is_small ? 0 : warp_ * kWarpRows;
         load_queries(first_row);
@@ -72,7 +73,6 @@ public:
             const int query = row_[i] / group_;
             limit_[i] = min(unit_.key_end, unit_.visible + query * unit_.causal);
         }
-        barrier();  // whatever was in shared memory is done with
         const int num_tiles = (unit_.key_end - unit_.key_begin + kTileKeys - 1) / kTileKeys;
         find_slot(0);
         if (num_tiles > 1) find_slot(1);
