@@ -148,13 +148,14 @@ def write_gguf_model(
     config = tiny_config() if config is None else config
     weights = random_weights(config) if weights is None else weights
     tokenizer = byte_level_metadata() if tokenizer is None else tokenizer
-    writer = gguf.GGUFWriter(path, "llama")
-    for key, value in (llama_metadata(config) | tokenizer | (metadata or {})).items():
+    family = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2"}[config["architectures"][0]]
+    writer = gguf.GGUFWriter(path, family)
+    for key, value in (sizes_metadata(config, family) | tokenizer | (metadata or {})).items():
         add_value(writer, key, value)
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     for name, tensor in weights.items():
         part = name.split(".")[-2]
-        if part in heads:
+        if part in heads and family == "llama":
             tensor = llama_cpp_rows(tensor, heads[part])
         add_tensor(writer, gguf_name(name), tensor, qtype)
     for name, tensor in (extra or {}).items():
@@ -172,19 +173,20 @@ def llama_cpp_rows(tensor, num_heads):
     return halves.swapaxes(1, 2).reshape(tensor.shape)
 
 
-def llama_metadata(config):
-    return {
-        "llama.context_length": config["max_position_embeddings"],
-        "llama.embedding_length": config["hidden_size"],
-        "llama.block_count": config["num_hidden_layers"],
-        "llama.feed_forward_length": config["intermediate_size"],
-        "llama.attention.head_count": config["num_attention_heads"],
-        "llama.attention.head_count_kv": config["num_key_value_heads"],
-        "llama.attention.key_length": config["head_dim"],
-        "llama.rope.dimension_count": config["head_dim"],
-        "llama.rope.freq_base": config["rope_parameters"]["rope_theta"],
-        "llama.attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
+def sizes_metadata(config, family):
+    values = {
+        "context_length": config["max_position_embeddings"],
+        "embedding_length": config["hidden_size"],
+        "block_count": config["num_hidden_layers"],
+        "feed_forward_length": config["intermediate_size"],
+        "attention.head_count": config["num_attention_heads"],
+        "attention.head_count_kv": config["num_key_value_heads"],
+        "attention.key_length": config["head_dim"],
+        "rope.dimension_count": config["head_dim"],
+        "rope.freq_base": config["rope_parameters"]["rope_theta"],
+        "attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
     }
+    return {f"{family}.{key}": value for key, value in values.items()}
 
 
 def byte_level_metadata(**changes):

@@ -7,8 +7,10 @@ from typing import Any, Literal
 
 from batchllm.errors import ModelError
 
-SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM",)
+_LLAMA, _QWEN2 = "LlamaForCausalLM", "Qwen2ForCausalLM"
+SUPPORTED_ARCHITECTURES = (_LLAMA, _QWEN2)
 STORED_DTYPES = ("bfloat16", "float16", "float32")
+_MAX_WINDOW_LAYERS = 28  # where a Qwen 2 config does not say
 _POSITIVE = (
     "vocab_size",
     "hidden_size",
@@ -53,6 +55,8 @@ class RopeScaling:
 class ModelConfig:
     """The shape of a decoder, and the ids that begin and end its text.
 
+    `attention_bias` says whether queries, keys and values have one, `attention_output_bias` whether
+    what attention is multiplied with after has one.
     `dtype` names the type the weights are stored in ("bfloat16" for block-quantised files).
     `eos_token_ids` is empty where only the tokenizer knows them: ask `Tokenizer.eos_token_ids`.
 
@@ -74,6 +78,7 @@ class ModelConfig:
     max_position_embeddings: int
     tie_word_embeddings: bool
     attention_bias: bool
+    attention_output_bias: bool
     mlp_bias: bool
     dtype: str
     eos_token_ids: tuple[int, ...]
@@ -117,14 +122,16 @@ class ModelConfig:
             eos_token_ids: overrides the file's, since `generation_config.json` goes before it.
         """
         _refuse_what_is_not_implemented(values)
+        architecture = _architecture(values)
         hidden_size = _integer(values, "hidden_size")
         num_heads = _integer(values, "num_attention_heads")
         if eos_token_ids is None:
             eos_token_ids = token_ids(values.get("eos_token_id"), "eos_token_id")
         bos = token_ids(values.get("bos_token_id"), "bos_token_id")
         rope = _mapping(values, "rope_parameters")
+        biases = _biases(values, architecture)
         return cls(
-            architecture=_architecture(values),
+            architecture=architecture,
             vocab_size=_integer(values, "vocab_size"),
             hidden_size=hidden_size,
             intermediate_size=_integer(values, "intermediate_size"),
@@ -137,8 +144,9 @@ class ModelConfig:
             rope_scaling=_rope_scaling(rope or _mapping(values, "rope_scaling")),
             max_position_embeddings=_integer(values, "max_position_embeddings", 2048),
             tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
-            attention_bias=bool(values.get("attention_bias", False)),
-            mlp_bias=bool(values.get("mlp_bias", False)),
+            attention_bias=biases.attention,
+            attention_output_bias=biases.attention_output,
+            mlp_bias=biases.mlp,
             dtype=dtype or values.get("dtype") or values.get("torch_dtype") or "float32",
             eos_token_ids=eos_token_ids,
             bos_token_id=bos[0] if bos else None,
@@ -168,6 +176,21 @@ def _architecture(values: Mapping[str, Any]) -> str:
     return names[0]
 
 
+@dataclass(frozen=True, slots=True)
+class _Biases:
+    attention: bool
+    attention_output: bool
+    mlp: bool
+
+
+def _biases(values: Mapping[str, Any], architecture: str) -> _Biases:
+    """Where there are any; Qwen2's config does not say, its architecture does."""
+    if architecture == _QWEN2:
+        return _Biases(attention=True, attention_output=False, mlp=False)
+    attention = bool(values.get("attention_bias", False))
+    return _Biases(attention, attention, mlp=bool(values.get("mlp_bias", False)))
+
+
 def _refuse_what_is_not_implemented(values: Mapping[str, Any]) -> None:
     _architecture(values)  # first, so that another family's config is not blamed for a detail
     if values.get("quantization_config"):
@@ -180,6 +203,27 @@ def _refuse_what_is_not_implemented(values: Mapping[str, Any]) -> None:
         raise ModelError(f"model config: activation {activation!r} is not supported, only silu")
     if values.get("partial_rotary_factor") not in (None, 1, 1.0):
         raise ModelError("model config: partial rotary embeddings are not supported")
+    _refuse_partial_attention(values)
+
+
+def _refuse_partial_attention(values: Mapping[str, Any]) -> None:
+    """Refuse layers that do not see all of their context; Qwen 2's configs can ask for such."""
+    layer_types = values.get("layer_types")
+    if layer_types is not None and (
+        not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types)
+    ):
+        raise ModelError("model config: layer_types has others than full_attention, not supported")
+    if values.get("dual_chunk_attention_config"):
+        raise ModelError("model config: dual chunk attention is not supported")
+    window = values.get("sliding_window")
+    if layer_types is not None or window is None or not values.get("use_sliding_window", False):
+        return  # as in transformers, the types go before the switch, which goes before the window
+    first = _integer(values, "max_window_layers", _MAX_WINDOW_LAYERS)
+    if first < _integer(values, "num_hidden_layers"):
+        raise ModelError(
+            f"model config: layers from {first} on attend to a sliding window of {window!r}, "
+            "which is not supported"
+        )
 
 
 def _rope_scaling(rope: Mapping[str, Any]) -> RopeScaling | None:

@@ -53,6 +53,7 @@ class FakeCheckpoint:
             max_position_embeddings=32_768,
             tie_word_embeddings=True,
             attention_bias=False,
+            attention_output_bias=False,
             mlp_bias=False,
             dtype="float32",
             eos_token_ids=(_ALPHABET.index(_END),),

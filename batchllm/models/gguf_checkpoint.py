@@ -1,8 +1,9 @@
 """A model in one GGUF file: config, weights, tokenizer and chat template all come out of it.
 
 Differences from the Hugging Face layout that are undone here: tensor names, and the row order of
-`q_proj` and `k_proj`, which llama.cpp's converter interleaves for its own rotary layout. Rows are
-reordered while still quantised, since a row is a whole number of blocks.
+Llama's `q_proj` and `k_proj`, which llama.cpp's converter interleaves for its own rotary layout
+(Qwen 2's stay as they are). Rows are reordered while still quantised, since a row is a whole number
+of blocks.
 """
 
 import re
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchllm.errors import ModelError
-from batchllm.models.gguf_config import ROPE_FACTORS, read_gguf_config
+from batchllm.models.gguf_config import ARCHITECTURES, ROPE_FACTORS, read_gguf_config
 from batchllm.models.gguf_file import GGUFFile, GGUFTensor
 from batchllm.models.layout import check_tensors, sampled_sha256
 from batchllm.text.gguf_tokenizer import tokenizer_from_gguf
@@ -100,7 +101,7 @@ class GGUFCheckpoint:
     def _row_order(self, name: str) -> NDArray[np.intp] | slice:
         heads = {"q_proj": self.config.num_heads, "k_proj": self.config.num_kv_heads}
         part = name.split(".")[-2]
-        if part not in heads:
+        if part not in heads or self.config.architecture != ARCHITECTURES["llama"]:
             return slice(None)
         return hugging_face_row_order(heads[part], self.config.head_dim)
 

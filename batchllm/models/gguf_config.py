@@ -14,20 +14,23 @@ from batchllm.text.gguf_tokenizer import gguf_special_ids
 from batchllm.text.gguf_values import typed
 
 ROPE_FACTORS = "rope_freqs.weight"
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 _STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # What every Llama 3.1 and 3.2 model was trained with; a GGUF keeps only what follows from it.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
 def read_gguf_config(file: GGUFFile) -> ModelConfig:
-    """Read the config of an architecture-`llama` GGUF.
+    """Read the config of a GGUF of one of the `ARCHITECTURES`.
 
     Raises:
-        ModelError: another architecture, or a variation of this one that is not implemented.
+        ModelError: another architecture, or a variation of these that is not implemented.
     """
     metadata, tensors = file.metadata, file.tensors
-    if (arch := typed(metadata, "general.architecture", str)) != "llama":
-        raise ModelError(f"GGUF architecture {arch!r} is not supported; supported: llama")
+    if (arch := typed(metadata, "general.architecture", str)) not in ARCHITECTURES:
+        raise ModelError(
+            f"GGUF architecture {arch!r} is not supported; supported: {', '.join(ARCHITECTURES)}"
+        )
     if "token_embd.weight" not in tensors:
         raise ModelError("tensor token_embd.weight is missing")
     if _get(metadata, "expert_count"):
@@ -42,7 +45,7 @@ def read_gguf_config(file: GGUFFile) -> ModelConfig:
     base = _number(metadata, "rope.freq_base", 10_000.0)
     return ModelConfig.from_hugging_face(
         {
-            "architectures": ["LlamaForCausalLM"],
+            "architectures": [ARCHITECTURES[arch]],
             "vocab_size": tensors["token_embd.weight"].shape[0],
             "hidden_size": _get(metadata, "embedding_length"),
             "intermediate_size": _get(metadata, "feed_forward_length"),
@@ -65,16 +68,18 @@ def read_gguf_config(file: GGUFFile) -> ModelConfig:
 
 
 def _get(metadata: dict[str, Any], key: str, default: object = None) -> Any:  # noqa: ANN401
-    value = metadata.get(f"llama.{key}", default)
+    key = f"{metadata['general.architecture']}.{key}"
+    value = metadata.get(key, default)
     if isinstance(value, list | np.ndarray):
-        raise ModelError(f"llama.{key} differs from layer to layer, which is not supported")
+        raise ModelError(f"{key} differs from layer to layer, which is not supported")
     return value
 
 
 def _number(metadata: dict[str, Any], key: str, default: float) -> float:
-    value = typed(metadata, f"llama.{key}", float)
+    key = f"{metadata['general.architecture']}.{key}"
+    value = typed(metadata, key, float)
     if value is not None and not 0 < value < math.inf:
-        raise ModelError(f"llama.{key} is {value}, not a positive number")
+        raise ModelError(f"{key} is {value}, not a positive number")
     return default if value is None else value
 
 

@@ -26,7 +26,6 @@ def expected_tensors(config: ModelConfig) -> dict[str, Shape]:
     queries = config.num_heads * config.head_dim
     keys = config.num_kv_heads * config.head_dim
     attention = {"q_proj": (queries, hidden), "k_proj": (keys, hidden), "v_proj": (keys, hidden)}
-    attention["o_proj"] = (hidden, queries)
     mlp = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
 
     tensors: dict[str, Shape] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
@@ -37,6 +36,9 @@ def expected_tensors(config: ModelConfig) -> dict[str, Shape]:
             tensors[f"{layer}.self_attn.{name}.weight"] = shape
             if config.attention_bias:
                 tensors[f"{layer}.self_attn.{name}.bias"] = shape[:1]
+        tensors[f"{layer}.self_attn.o_proj.weight"] = (hidden, queries)
+        if config.attention_output_bias:
+            tensors[f"{layer}.self_attn.o_proj.bias"] = (hidden,)
         tensors[f"{layer}.post_attention_layernorm.weight"] = (hidden,)
         for name, shape in mlp.items():
             tensors[f"{layer}.mlp.{name}.weight"] = shape

@@ -135,7 +135,7 @@ class LlamaModel:
         return LlamaLayer(
             input_norm=torch.empty(hidden, dtype=dtype),
             qkv=Linear(hidden, qkv, dtype=dtype, bias=config.attention_bias),
-            output=Linear(queries, hidden, dtype=dtype, bias=config.attention_bias),
+            output=Linear(queries, hidden, dtype=dtype, bias=config.attention_output_bias),
             post_norm=torch.empty(hidden, dtype=dtype),
             gate_up=Linear(hidden, 2 * inner, dtype=dtype, bias=config.mlp_bias),
             down=Linear(inner, hidden, dtype=dtype, bias=config.mlp_bias),

@@ -42,7 +42,10 @@ class Model(Protocol):
         ...
 
 
-_MODELS = {"LlamaForCausalLM": LlamaModel}
+_MODELS = {
+    "LlamaForCausalLM": LlamaModel,
+    "Qwen2ForCausalLM": LlamaModel,  # which differs in where there are biases, as the config says
+}
 
 
 def make_model(config: ModelConfig, dtype: torch.dtype, operations: Operations) -> Model:

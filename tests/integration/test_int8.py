@@ -25,9 +25,12 @@ def test_the_larger_the_activation_beside_its_weight_the_larger_its_factor():
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("bias", [False, True])
-def test_smoothing_keeps_the_logits_and_evens_the_activations(tied, bias):
+@pytest.mark.parametrize("kind", ["plain", "biases", "qwen2"])
+def test_smoothing_keeps_the_logits_and_evens_the_activations(tied, kind):
+    bias = kind == "biases"
     raw = tiny_config(tie_word_embeddings=tied, attention_bias=bias, mlp_bias=bias)
+    if kind == "qwen2":
+        raw["architectures"] = ["Qwen2ForCausalLM"]
     config = ModelConfig.from_hugging_face(raw)
     weights = {name: torch.from_numpy(weight) for name, weight in random_weights(raw).items()}
     for name, weight in weights.items():

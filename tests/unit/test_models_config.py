@@ -5,6 +5,7 @@ from builders import tiny_config
 
 from batchllm.errors import ModelError
 from batchllm.models.config import ModelConfig, RopeScaling
+from batchllm.models.layout import expected_tensors
 
 
 def test_config_of_transformers_5_and_before_are_one():
@@ -38,6 +39,37 @@ def test_llama3_rope_scaling():
 
 
 @pytest.mark.parametrize(
+    ("architecture", "biases"),
+    [("LlamaForCausalLM", (True, True, True)), ("Qwen2ForCausalLM", (True, False, False))],
+)
+def test_biases_are_where_the_architecture_has_them(architecture, biases):
+    raw = tiny_config(architectures=[architecture], attention_bias=True, mlp_bias=True)
+    config = ModelConfig.from_hugging_face(raw)
+    assert (config.attention_bias, config.attention_output_bias, config.mlp_bias) == biases
+    shapes = expected_tensors(config)
+    for name, has_bias in (("q", biases[0]), ("k", biases[0]), ("v", biases[0]), ("o", biases[1])):
+        assert (f"model.layers.1.self_attn.{name}_proj.bias" in shapes) == has_bias
+    assert ("model.layers.1.mlp.up_proj.bias" in shapes) == biases[2]
+
+
+WINDOW = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        WINDOW | {"use_sliding_window": False},
+        WINDOW | {"sliding_window": None},
+        WINDOW | {"max_window_layers": 2},
+        WINDOW | {"layer_types": ["full_attention", "full_attention"]},
+    ],
+)
+def test_a_window_that_no_layer_has_is_none(changes):
+    raw = tiny_config(architectures=["Qwen2ForCausalLM"])
+    assert ModelConfig.from_hugging_face(raw | changes) == ModelConfig.from_hugging_face(raw)
+
+
+@pytest.mark.parametrize(
     ("changes", "says"),
     [
         ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel.*supported: LlamaForCausalLM"),
@@ -55,6 +87,10 @@ def test_llama3_rope_scaling():
         ({"dtype": "float8_e4m3fn"}, "float8_e4m3fn"),
         ({"eos_token_id": "x"}, "eos_token_id is 'x'"),
         ({"partial_rotary_factor": 0.5}, "partial rotary"),
+        (WINDOW, "layers from 1 on attend to a sliding window of 64"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({"layer_types": 3}, "layer_types"),
+        ({"dual_chunk_attention_config": {"chunk_size": 64}}, "dual chunk"),
     ],
 )
 def test_configs_that_are_refused(changes, says):
