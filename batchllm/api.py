@@ -15,6 +15,7 @@ from batchllm.errors import OutOfMemoryError, UsageError
 from batchllm.io.answers import AnswerColumns
 from batchllm.metrics import Metrics
 from batchllm.models.checkpoint import Checkpoint, open_model
+from batchllm.models.dummy_checkpoint import DummyCheckpoint
 from batchllm.outputs import count, failed_output, row_outputs
 from batchllm.prefix.plan import PrefixPlan, plan_requests, reorder
 from batchllm.prefix.policies.registry import AUTO, STREAMING, check_policy
@@ -52,6 +53,8 @@ class LLM:
             name, or an opened checkpoint; None is the default model.
         config: how the engine runs; or give its fields as keywords (`dtype=…, kv_memory=…`).
         clock: takes the times of a step's parts, for measuring.
+        load_format: "dummy" for random weights instead of a model; needs a `model_shape`.
+        model_shape: of what model, like "llama-3.1-8b".
 
     Raises:
         ModelError: the model cannot be found or loaded.
@@ -64,6 +67,8 @@ class LLM:
         config: EngineConfig | None = None,
         *,
         clock: Clock | None = None,
+        load_format: str = "auto",
+        model_shape: str | None = None,
         **options: Any,
     ) -> None:
         if config is not None and options:
@@ -72,7 +77,10 @@ class LLM:
         self.config = config or EngineConfig.from_options(**options)
         check_policy(self.config.policy)
         if isinstance(model, str | Path | None):
-            model = open_model(None if model is None else str(model))
+            name = None if model is None else str(model)
+            model = open_model(name, load_format=load_format, model_shape=model_shape)
+        elif (load_format, model_shape) != ("auto", None):
+            raise UsageError("an opened checkpoint is given; leave out load_format and model_shape")
         self.checkpoint = model
         self.max_model_len = choose_max_model_len(model, self.config)
         self.tokenizer = model.tokenizer()
@@ -285,6 +293,7 @@ class LLM:
             f"{self.num_kv_tokens:,} tokens, attention {self.attention}"
         )
         warnings = [
+            isinstance(self.checkpoint, DummyCheckpoint) and self.checkpoint.about,
             self.threads.warning,
             self._slower and f"much slower than need be: {self._slower}",
             self.num_kv_blocks < self._wanted_kv_blocks

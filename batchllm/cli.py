@@ -6,16 +6,19 @@ from typing import Annotated
 import typer
 
 from batchllm import __version__
+from batchllm.cli_models import models_app
 from batchllm.cli_options import (
     AnswerTokens,
     AsJson,
     Chat,
     Deterministic,
     Dtype,
+    DummyShape,
     IgnoreEos,
     Input,
     KvMemory,
     Limit,
+    LoadFormat,
     MachineKvMemory,
     MachineName,
     MaxErrors,
@@ -64,7 +67,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-models_app = typer.Typer(help="Models that are known by name: list them, pull them.")
 app.add_typer(models_app, name="models")
 
 
@@ -73,6 +75,8 @@ def run(
     input: Input,  # noqa: A002 - the word users read in the help
     output: Output,
     model: ModelName = None,
+    load_format: LoadFormat = "auto",
+    model_shape: DummyShape = None,
     prompt_column: PromptColumn = None,
     messages_column: MessagesColumn = None,
     token_ids_column: TokenIdsColumn = None,
@@ -129,6 +133,8 @@ def run(
                 input=input,
                 output=output,
                 model=model,
+                load_format=load_format,
+                model_shape=model_shape,
                 prompt=PromptSpec(
                     prompt_column=prompt_column,
                     messages_column=messages_column,
@@ -192,6 +198,7 @@ def run(
 def plan(
     input: Input,  # noqa: A002
     model: ModelName = None,
+    load_format: LoadFormat = "auto",
     prompt_column: PromptColumn = None,
     messages_column: MessagesColumn = None,
     token_ids_column: TokenIdsColumn = None,
@@ -233,6 +240,7 @@ def plan(
                     reorder_fields=reorder_fields,
                 ),
                 model=model,
+                load_format=load_format,
                 max_tokens=max_tokens,
                 window_rows=window_rows,
                 limit=limit,
@@ -248,6 +256,8 @@ def plan(
 @app.command()
 def bench(
     model: ModelName = None,
+    load_format: LoadFormat = "auto",
+    model_shape: DummyShape = None,
     dtype: Dtype = "auto",
     quantization: Quantization = None,
     threads: Threads = None,
@@ -268,7 +278,15 @@ def bench(
         if calibrate and quantization is not None:
             raise UsageError("--calibrate measures the model as plan and auto know it: unquantized")
         clock = Clock()
-        llm = LLM(model, clock=clock, dtype=dtype, quantization=quantization, threads=threads)
+        llm = LLM(
+            model,
+            clock=clock,
+            load_format=load_format,
+            model_shape=model_shape,
+            dtype=dtype,
+            quantization=quantization,
+            threads=threads,
+        )
         typer.echo(llm.describe(), err=True)
         bench = Bench(llm, clock)
         machine = this_machine()
@@ -331,34 +349,6 @@ def verify(
         typer.echo(json.dumps(verdict.as_dict(), indent=2) if as_json else verdict.as_text())
         if not verdict.is_good:
             raise typer.Exit(FAILED)
-
-
-@models_app.callback(invoke_without_command=True)
-def models(context: typer.Context) -> None:
-    """List the models known by name, and where they are."""
-    if context.invoked_subcommand is not None:
-        return
-    with errors_as_exit_codes("interrupted"):
-        from batchllm.models.locate import installed
-
-        for known in installed():
-            where = "not pulled yet" if known.path is None else str(known.path)
-            default = " (default)" if known.is_default else ""
-            typer.echo(f"{known.name}{default}: {where}")
-        typer.echo("fake: no model; answers are noise, at no cost, for trying out a job")
-
-
-@models_app.command()
-def pull(
-    name: Annotated[
-        str | None, typer.Argument(help="A name or hub id. [default: built in]")
-    ] = None,
-) -> None:
-    """Fetch a model into the cache, so that runs need no network."""
-    with errors_as_exit_codes("interrupted"):
-        from batchllm.models.locate import resolve
-
-        typer.echo(resolve(name))
 
 
 def version(show: bool) -> None:

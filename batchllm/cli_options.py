@@ -17,6 +17,14 @@ ModelName = Annotated[
     str | None,
     typer.Option("--model", help="Directory, GGUF file, hub id or name. [default: built in]"),
 ]
+LoadFormat = Annotated[
+    str,
+    typer.Option(help="auto; or dummy: random weights for a --model-shape, to measure speed."),
+]
+DummyShape = Annotated[
+    str | None,
+    typer.Option("--model-shape", help="Of --load-format dummy, like llama-3.1-8b."),
+]
 PromptColumn = Annotated[
     str | None, typer.Option(help="Column of prompts.", rich_help_panel=_PROMPT)
 ]

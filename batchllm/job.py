@@ -30,7 +30,7 @@ from batchllm.models.checkpoint import Checkpoint, open_model
 from batchllm.outputs import failed_output
 from batchllm.progress import Progress
 from batchllm.prompt_worker import PromptedWindow, PromptWorker, prompts_ahead
-from batchllm.prompting import choose_max_model_len, prompt_builder
+from batchllm.prompting import choose_max_model_len, prompt_builder, prompt_tokenizer
 from batchllm.request import RequestOutput, RowError, SamplingParams
 from batchllm.runner.dtype import choose_dtype
 from batchllm.text.field_order import learn_field_order
@@ -55,6 +55,8 @@ class JobConfig:
     output: str
     prompt: PromptSpec
     model: str | None = None
+    load_format: str = "auto"
+    model_shape: str | None = None
     sampling: SamplingParams = field(default_factory=SamplingParams)
     engine: EngineConfig = field(default_factory=EngineConfig)
     output_column: str = "answer"
@@ -110,7 +112,12 @@ def run_job(config: JobConfig, stop: StopSignals | None = None) -> JobResult:
     source = ParquetInput(config.input)
     config.prompt.check(source.schema)
     columns = AnswerColumns.choose(source.schema, config.output_column)
-    checkpoint = open_model(config.model, notify=notify)
+    checkpoint = open_model(
+        config.model,
+        load_format=config.load_format,
+        model_shape=config.model_shape,
+        notify=notify,
+    )
     prompt_builder(checkpoint, config.engine, config.prompt)  # refuses what it cannot make
     num_rows = min(source.num_rows, config.limit or source.num_rows)
     identity = job_identity(config, source, checkpoint, num_rows)
@@ -145,7 +152,7 @@ def job_identity(
         "input": {"sha256": source.content_hash(), "rows": num_rows},
         "model": {
             **checkpoint.identity(),
-            "tokenizer": checkpoint.tokenizer().fingerprint,
+            "tokenizer": prompt_tokenizer(checkpoint, config.prompt).fingerprint,
             "dtype": choose_dtype(config.engine, checkpoint.config.dtype),
             "quantization": config.engine.quantization,
             "deterministic": config.engine.deterministic,

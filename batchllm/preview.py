@@ -12,6 +12,8 @@ from batchllm.cache.memory import default_kv_memory, free_memory
 from batchllm.errors import UsageError
 from batchllm.io.parquet import ParquetInput
 from batchllm.models.checkpoint import open_model
+from batchllm.models.dummy_checkpoint import DUMMY
+from batchllm.prompting import prompt_tokenizer
 from batchllm.report.plan import HEAD_ROWS, PlanReport, report_plan
 from batchllm.report.simulation import SimulationReport, TableSimulation
 from batchllm.simulate.machine import get_machine
@@ -30,12 +32,14 @@ class PreviewConfig:
 
     `max_tokens` is how long an answer is where no column says; `machine`, `model_shape` (None: the
     model's own) and `kv_memory` (bytes; None: what the machine has) are what time is estimated for,
-    and `simulate` does so under each policy.
+    and `simulate` does so under each policy. With `load_format="dummy"` a model of that shape is
+    also what prompts are made for.
     """
 
     input: str
     prompt: PromptSpec
     model: str | None = None
+    load_format: str = "auto"
     max_tokens: int = 256
     window_rows: int = 65_536
     limit: int | None = None
@@ -77,8 +81,12 @@ def preview(config: PreviewConfig) -> Preview:
     """
     source = ParquetInput(config.input)
     config.prompt.check(source.schema)
-    checkpoint = open_model(config.model)
-    tokenizer = checkpoint.tokenizer()
+    checkpoint = open_model(
+        config.model,
+        load_format=config.load_format,
+        model_shape=config.model_shape if config.load_format == DUMMY else None,
+    )
+    tokenizer = prompt_tokenizer(checkpoint, config.prompt)
     num_rows = min(source.num_rows, config.limit or source.num_rows)
     wanted = np.ones(num_rows, dtype=np.bool_)
     everything = (rows.table for rows in source.read(wanted))

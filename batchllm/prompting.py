@@ -3,8 +3,10 @@
 from batchllm.config import EngineConfig
 from batchllm.errors import UsageError
 from batchllm.models.checkpoint import Checkpoint
+from batchllm.models.dummy_checkpoint import DummyCheckpoint
 from batchllm.text.field_order import ColumnRules
 from batchllm.text.prompts import PromptBuilder, PromptSpec
+from batchllm.text.tokenizer import Tokenizer
 
 
 def choose_max_model_len(checkpoint: Checkpoint, config: EngineConfig) -> int:
@@ -21,6 +23,17 @@ def choose_max_model_len(checkpoint: Checkpoint, config: EngineConfig) -> int:
     return config.max_model_len or longest
 
 
+def prompt_tokenizer(checkpoint: Checkpoint, spec: PromptSpec) -> Tokenizer:
+    """What makes the prompts: the model's own, but for text to a model that has none.
+
+    Raises:
+        UsageError: there is text, and nothing to tokenize it with.
+    """
+    if isinstance(checkpoint, DummyCheckpoint) and spec.token_ids_column is None:
+        return checkpoint.text_tokenizer()
+    return checkpoint.tokenizer()
+
+
 def prompt_builder(
     checkpoint: Checkpoint,
     config: EngineConfig,
@@ -32,12 +45,12 @@ def prompt_builder(
     `field_rules` is what was learned for `spec.reorder_fields`, from the whole of the input.
 
     Raises:
-        UsageError: the spec wants a chat template and the model has none, or `max_model_len` is
-            more than the model was made for.
+        UsageError: the spec wants a chat template or a tokenizer and the model has none, or
+            `max_model_len` is more than the model was made for.
     """
     return PromptBuilder(
         spec,
-        checkpoint.tokenizer(),
+        prompt_tokenizer(checkpoint, spec),
         choose_max_model_len(checkpoint, config),
         vocab_size=checkpoint.config.vocab_size,
         field_rules=field_rules,

@@ -63,6 +63,8 @@ SHAPES = {
     "8x32": MicroShape(groups=8, members=32, prefix=512, own=32, output=32),
     "4x16": MicroShape(groups=4, members=16, prefix=1024, own=64, output=8, output_max=128),
     "256x1": MicroShape(groups=256, members=1, prefix=0, own=256, output=32),
+    # BatchLLM's own microbenchmark (arXiv 2412.03594), for a GPU.
+    "400x16": MicroShape(groups=400, members=16, prefix=2000, own=200, output=100),
     # Not for timing: shows in seconds that an engine works.
     "tiny": MicroShape(groups=2, members=4, prefix=40, own=7, output=3, output_max=9),
 }

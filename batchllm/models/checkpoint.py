@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from batchllm.errors import ModelError
+from batchllm.errors import ModelError, UsageError
 from batchllm.models.config import ModelConfig
+from batchllm.models.dummy_checkpoint import DUMMY, DummyCheckpoint
 from batchllm.models.fake_checkpoint import FAKE_MODEL, FakeCheckpoint
 from batchllm.models.gguf_checkpoint import GGUFCheckpoint
 from batchllm.models.locate import resolve
@@ -14,6 +15,8 @@ from batchllm.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import torch
+
+LOAD_FORMATS = ("auto", DUMMY)
 
 
 class Checkpoint(Protocol):
@@ -41,13 +44,38 @@ class Checkpoint(Protocol):
 
 
 def open_model(
-    name: str | None = None, *, notify: Callable[[str], None] = lambda _: None
+    name: str | None = None,
+    *,
+    load_format: str = "auto",
+    model_shape: str | None = None,
+    notify: Callable[[str], None] = lambda _: None,
 ) -> Checkpoint:
     """Open what a user calls a model, fetching it if need be (see `resolve`); or `fake`.
 
+    Args:
+        name: see `resolve`.
+        load_format: "dummy" for random weights; "auto" goes by what is there.
+        model_shape: what has random weights, by its name in `shapes.CONFIGS`.
+        notify: told, in a sentence, before something is downloaded.
+
     Raises:
         ModelError: no such model, or it cannot be had or run; one line that says what to do.
+        UsageError: the arguments make no sense together.
     """
+    if load_format not in LOAD_FORMATS:
+        raise UsageError(f"load format is {load_format!r}; choose one of {', '.join(LOAD_FORMATS)}")
+    if load_format == DUMMY:
+        if name is not None:
+            raise UsageError(
+                f"load format {DUMMY} makes a model of a model shape alone, but model {name!r} is "
+                "given; leave out one of the two"
+            )
+        return DummyCheckpoint.of(model_shape)
+    if model_shape is not None:
+        raise UsageError(
+            f"model shape {model_shape!r} is given, which is for load format {DUMMY}; "
+            "leave it out, or load that"
+        )
     if name == FAKE_MODEL and not Path(name).exists():
         return FakeCheckpoint()
     return open_checkpoint(resolve(name, notify=notify))

@@ -11,10 +11,12 @@ from batchllm.config import EngineConfig
 from batchllm.errors import UsageError
 from batchllm.models.checkpoint import Checkpoint
 from batchllm.models.config import ModelConfig
+from batchllm.models.dummy_checkpoint import DummyCheckpoint
 from batchllm.models.fake_checkpoint import FAKE_MODEL, FakeCheckpoint
 from batchllm.models.native_operations import NativeOperations
 from batchllm.models.operations import Operations, TorchOperations
 from batchllm.models.registry import make_model
+from batchllm.request import TokenIds
 from batchllm.runner.dtype import choose_dtype
 from batchllm.runner.hash_runner import HashRunner
 from batchllm.runner.kv_cache import KVCache, kv_bytes_per_token
@@ -22,6 +24,8 @@ from batchllm.runner.smooth import smooth, smoothing_text
 from batchllm.runner.threads import Threads, available_cpus, choose_threads
 from batchllm.runner.timed import Clock, TimedBackend, TimedOperations
 from batchllm.runner.torch_runner import TorchRunner
+
+_RANDOM_SMOOTHING_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +86,8 @@ def load_runner(
     model = make_model(shape, dtype, operations)
     model.load(checkpoint.weights(dtype))
     if config.quantization is not None:
-        text = checkpoint.tokenizer().encode_batch([smoothing_text()], add_special_tokens=True)
-        smooth(model, backend, text.values[:max_model_len], config.block_size)
+        tokens = _smoothing_tokens(checkpoint)
+        smooth(model, backend, tokens[:max_model_len], config.block_size)
     model.pack(config.quantization)
     num_blocks = _num_blocks(shape, config, max_model_len, dtype)
     cache = KVCache(
@@ -105,6 +109,13 @@ def load_runner(
         slower,
         backend.granularity,
     )
+
+
+def _smoothing_tokens(checkpoint: Checkpoint) -> TokenIds:
+    if isinstance(checkpoint, DummyCheckpoint):  # no text means anything to it
+        return checkpoint.random_token_ids(_RANDOM_SMOOTHING_TOKENS)
+    tokenizer = checkpoint.tokenizer()
+    return tokenizer.encode_batch([smoothing_text()], add_special_tokens=True).values
 
 
 def _num_blocks(

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from batchllm.errors import UsageError
 from batchllm.models.config import ModelConfig
+from batchllm.models.shapes import get_config
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,35 +67,10 @@ def shape_of(config: ModelConfig, dtype: str) -> ModelShape:
     )
 
 
-def _shape(
-    layers: int, hidden: int, ffn: int, heads: tuple[int, int, int], vocab: int
-) -> ModelShape:
-    return ModelShape(
-        num_layers=layers,
-        hidden_size=hidden,
-        intermediate_size=ffn,
-        num_heads=heads[0],
-        num_kv_heads=heads[1],
-        head_dim=heads[2],
-        vocab_size=vocab,
-    )
-
-
-# From the models' published config.json.
-SHAPES: dict[str, ModelShape] = {
-    "smollm2-135m": _shape(30, 576, 1536, (9, 3, 64), 49_152),
-    "llama-3.2-1b": _shape(16, 2048, 8192, (32, 8, 64), 128_256),
-    "qwen2.5-7b": _shape(28, 3584, 18_944, (28, 4, 128), 152_064),
-    "llama-3.1-8b": _shape(32, 4096, 14_336, (32, 8, 128), 128_256),
-}
-
-
 def get_shape(name: str) -> ModelShape:
-    """Look a model shape up.
+    """The sizes of a model that is known by its shape, run in bfloat16.
 
     Raises:
         UsageError: there is none of that name.
     """
-    if name not in SHAPES:
-        raise UsageError(f"no model shape named {name!r}; there are: {', '.join(SHAPES)}")
-    return SHAPES[name]
+    return shape_of(get_config(name), "bfloat16")

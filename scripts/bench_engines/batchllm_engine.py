@@ -1,4 +1,10 @@
-"""batchllm through its Python API; it gets the same GGUF the peers' weights were exported from."""
+"""batchllm through its Python API; it gets the same GGUF the peers' weights were exported from.
+
+Or random weights of a known model's shape, to be measured where there are no weights:
+
+    python scripts/bench_engines/batchllm_engine.py micro.parquet --name ours \
+        --model-shape llama-3.1-8b --kv-memory 40GiB
+"""
 
 import time
 
@@ -7,6 +13,7 @@ START = time.perf_counter()
 from contract import KV_CACHE_BYTES, Rows, make_parser, report, warm_up_rows  # noqa: E402
 
 from batchllm import LLM, SamplingParams  # noqa: E402
+from batchllm.config import parse_size  # noqa: E402
 
 
 def generate(llm: LLM, rows: Rows) -> list[list[int]]:
@@ -17,10 +24,22 @@ def generate(llm: LLM, rows: Rows) -> list[list[int]]:
 
 def main() -> None:
     """Command line of contract.py."""
-    parser = make_parser((__doc__ or "").splitlines()[0], model="GGUF file or directory")
+    parser = make_parser(
+        (__doc__ or "").splitlines()[0], model="GGUF file or directory", needs_model=False
+    )
+    parser.add_argument("--model-shape", help="random weights of this shape instead of --model")
     parser.add_argument("--quantization", help="int8, or else the weights as they are")
+    parser.add_argument("--kv-memory", type=parse_size, default=KV_CACHE_BYTES, help="like 4GiB")
     arguments = parser.parse_args()
-    llm = LLM(arguments.model, kv_memory=KV_CACHE_BYTES, quantization=arguments.quantization)
+    if (arguments.model is None) == (arguments.model_shape is None):
+        parser.error("give one of --model and --model-shape")
+    llm = LLM(
+        arguments.model,
+        load_format="auto" if arguments.model_shape is None else "dummy",
+        model_shape=arguments.model_shape,
+        kv_memory=arguments.kv_memory,
+        quantization=arguments.quantization,
+    )
     generate(llm, warm_up_rows())
     load_seconds = time.perf_counter() - START
     for order in arguments.order:
@@ -35,9 +54,10 @@ def main() -> None:
             rows=rows,
             outputs=outputs,
             settings={
+                "model": llm.checkpoint.path.name,
                 "dtype": llm.dtype,
                 "quantization": arguments.quantization,
-                "kv_memory": KV_CACHE_BYTES,
+                "kv_memory": arguments.kv_memory,
             },
             save_tokens=arguments.save_tokens,
         )

@@ -59,11 +59,13 @@ def warm_up_rows() -> Rows:
     return Rows(prompts, [8] * len(prompts))
 
 
-def make_parser(description: str, *, model: str) -> argparse.ArgumentParser:
+def make_parser(
+    description: str, *, model: str, needs_model: bool = True
+) -> argparse.ArgumentParser:
     """The command line that all engines share; `model` says what this one wants to be given."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("workload", type=Path, help="Parquet file with token_ids and max_tokens")
-    parser.add_argument("--model", type=Path, required=True, help=model)
+    parser.add_argument("--model", type=Path, required=needs_model, help=model)
     parser.add_argument(
         "--order", nargs="+", choices=ORDERS, default=["shuffled"], help="one run for each"
     )

@@ -23,7 +23,7 @@ _FLAGS = [
     *("--max-model-len", "--max-num-seqs", "--max-num-batched-tokens", "--window-rows", "--limit"),
     *("--max-errors", "--summary", "--reorder-fields", "--chat", "--no-chat", "--no-sharing"),
     *("--ignore-eos", "--quiet", "-q", "--nonsense", "--machine", "--model-shape", "--simulate"),
-    *("--json", "--help", "--calibrate"),
+    *("--json", "--help", "--calibrate", "--load-format"),
 ]
 _SWITCHES = {
     *("--reorder-fields", "--chat", "--no-chat", "--no-sharing", "--ignore-eos", "--quiet", "-q"),
