@@ -5,10 +5,9 @@ OpenMP is not linked: at run time torch's is there (batchllm/native/kernels.py).
 compiled is left out, and the tool works without, slower.
 """
 
-import os
 import platform
-import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -31,27 +30,11 @@ HEADERS += [f"batchllm/native/src/{name}.h" for name in ("ahead", "products", "s
 QUIET = ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fopenmp", "-fno-math-errno", *QUIET]
 
-CUDA_SOURCE = "cuda/csrc/attention.cu"
-CUDA_HEADERS = [str(path) for path in sorted(Path("cuda/include/batchllm").glob("*.h"))]
-CUDA_ARCHITECTURES = ("80", "90", "100")
+CUDA = Path(__file__).resolve().parent / "cuda"
+sys.path.insert(0, str(CUDA))
+import cuda_build as cuda  # noqa: E402
 
-
-def find_nvcc() -> str | None:
-    """The CUDA compiler: in CUDA_HOME, on the path, or where its installer puts it."""
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
-    named = [f"{home}/bin/nvcc" for home in homes if home]
-    for candidate in [*named, "nvcc", "/usr/local/cuda/bin/nvcc"]:
-        if found := shutil.which(candidate):
-            return found
-    return None
-
-
-def cuda_targets(nvcc: str) -> list[str]:
-    """Machine code for each architecture that this nvcc knows, and PTX for those to come."""
-    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True)
-    known = [arch for arch in CUDA_ARCHITECTURES if f"compute_{arch}" in listed.stdout.split()]
-    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in known]
-    return [*targets, f"-gencode=arch=compute_{known[-1]},code=compute_{known[-1]}"]
+CUDA_SOURCE = str(cuda.SOURCE.relative_to(CUDA.parent))
 
 
 class BuildKernels(build_ext):
@@ -62,14 +45,13 @@ class BuildKernels(build_ext):
         if CUDA_SOURCE not in ext.sources:
             super().build_extension(ext)
             return
-        nvcc = find_nvcc()
+        nvcc = cuda.find_nvcc()
         assert nvcc is not None
         library = Path(self.get_ext_fullpath(ext.name))
         library.parent.mkdir(parents=True, exist_ok=True)
-        command = [nvcc, "-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC", CUDA_SOURCE]
         try:
-            subprocess.run([*command, *cuda_targets(nvcc), "-o", str(library)], check=True)
-        except (OSError, subprocess.CalledProcessError, IndexError) as error:
+            cuda.build_library(nvcc, library)
+        except (OSError, subprocess.CalledProcessError) as error:
             raise CompileError(f"{nvcc}: {error}") from error
 
 
@@ -84,8 +66,9 @@ extensions = [
     )
     for target, flags in TARGETS.items()
 ]
-if find_nvcc():
+if cuda.find_nvcc():
+    headers = [str(path.relative_to(CUDA.parent)) for path in cuda.HEADERS]
     extensions.append(
-        Extension("batchllm.native._cuda", [CUDA_SOURCE], depends=CUDA_HEADERS, optional=True)
+        Extension("batchllm.native._cuda", [CUDA_SOURCE], depends=headers, optional=True)
     )
 setup(ext_modules=extensions, cmdclass={"build_ext": BuildKernels})

@@ -2,9 +2,13 @@
 
 import ctypes
 from ctypes import c_char_p, c_int, c_int32, c_int64, c_long, c_void_p
+from functools import cache
 from pathlib import Path
 
 import torch
+
+from batchllm.errors import UsageError
+from batchllm.native.kernels import cuda_library_path
 
 # `KvType` of cuda/include/batchllm/step.h, by the dtype that a cache has.
 KV_TYPES = {torch.bfloat16: 0, torch.float8_e4m3fn: 1, torch.int8: 2}
@@ -81,3 +85,24 @@ class CudaLibrary:
         error = self._attention(ctypes.byref(step), ctypes.byref(layer), head_dim, blocks, stream)
         if error is not None:
             raise RuntimeError(f"attention kernel: {error.decode()}")
+
+
+@cache
+def load_cuda_library() -> CudaLibrary:
+    """The kernels as they were compiled with batchllm.
+
+    Raises:
+        UsageError: they were not, or do not load, or there is no GPU.
+    """
+    path = cuda_library_path()
+    if path is None:
+        raise UsageError(
+            "the cuda attention kernels were not compiled when batchllm was installed; install "
+            "nvcc (the CUDA toolkit), then batchllm again"
+        )
+    if not torch.cuda.is_available():
+        raise UsageError("the cuda attention kernels need a GPU, and torch finds none")
+    try:
+        return CudaLibrary(path)
+    except OSError as error:
+        raise UsageError(f"the cuda attention kernels do not load: {error}") from error

@@ -87,6 +87,11 @@ def load_kernels(target: str | None = None) -> NativeKernels | None:
     return None
 
 
+def cuda_library_path(home: Path = _HERE) -> Path | None:
+    """Where the GPU's kernels are, if they were compiled: nvcc was there at installation."""
+    return _path("cuda", home)
+
+
 def _flags(cpuinfo: Path) -> frozenset[str]:
     try:
         return frozenset(cpuinfo.read_text().split())
