@@ -126,8 +126,8 @@ def main() -> None:
     version = re.search(r"release ([\d.]+)", shown)
     text = (
         "# What the kernels take\n\n"
-        f"`python cuda/cuda_build.py --write`, nvcc {version[1] if version else 'unknown'}; bytes are a "
-        "thread's. The attention kernel may have 168 registers, so that three blocks fit a "
+        f"`python cuda/cuda_build.py --write`, nvcc {version[1] if version else 'unknown'}; bytes "
+        "are a thread's. The attention kernel may have 168 registers, so that three blocks fit a "
         f"multiprocessor.\n\n{as_table(resources)}\n"
     )
     print(text)
