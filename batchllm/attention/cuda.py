@@ -1,7 +1,12 @@
 """Attention by our own CUDA kernel: all groups, shared and private segments, in one launch."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from batchllm.attention.cuda_library import (
     KV_TYPES,
@@ -17,11 +22,26 @@ from batchllm.runner.model_input import ModelInput
 
 HEAD_DIMS = (64, 96, 128)
 _SCALE_BYTES = 4  # of a token's head, where it has a scale
+_MOST_GROUP = 64  # query heads of a kv head: the rows of one unit
 
 
 def kv_row_values(head_dim: int, kv_dtype: torch.dtype) -> int:
     """The last size of a cache whose rows have `head_dim` values: what scales take is added."""
     return head_dim + _SCALE_BYTES if kv_dtype == torch.int8 else head_dim
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """A model's heads, or those of them that are computed here."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+    @property
+    def group(self) -> int:
+        """Query heads a kv head."""
+        return self.num_heads // self.num_kv_heads
 
 
 class CudaBackend:
@@ -39,108 +59,113 @@ class CudaBackend:
     def __init__(
         self,
         block_size: int,
-        head_dim: int,
+        heads: Heads,
         library: CudaLibrary,
         *,
         kv_dtype: torch.dtype = torch.bfloat16,
         costs: UnitCosts | None = None,
     ) -> None:
-        if block_size & (block_size - 1):
-            raise UsageError(
-                f"the cuda attention kernel needs a block_size that is a power of two; it is "
-                f"{block_size}"
-            )
-        if head_dim not in HEAD_DIMS:
-            raise UsageError(
-                f"the cuda attention kernel is compiled for a head_dim of "
-                f"{', '.join(map(str, HEAD_DIMS))}; it is {head_dim}"
-            )
-        if kv_dtype == torch.int8 and block_size % 4:
-            raise UsageError(f"int8 KV needs a block_size of 4 or more; it is {block_size}")
+        _check_sizes(block_size, heads, kv_dtype)
         self.name = "cuda (emulated)" if library.is_emulated else "cuda"
         self.library = library
+        self.heads = heads
         self.kv_dtype = kv_dtype
-        self.num_blocks = library.resident_blocks(head_dim, kv_dtype)
-        self.costs = costs or UnitCosts()
         self.block_size = block_size
+        self.num_blocks = library.resident_blocks(heads.head_dim, kv_dtype)
+        self.costs = costs or UnitCosts()
 
-    def plan(self, step: ModelInput, rotation: Rotation) -> "CudaPlan":
+    def plan(
+        self,
+        step: ModelInput,
+        rotation: Rotation,
+        put: Callable[[NDArray[Any]], torch.Tensor] = torch.from_numpy,
+    ) -> "CudaPlan":
         """See `AttentionBackend`."""
-        return CudaPlan(self, step, rotation)
+        work = self.plan_work(step)
+        there = {name: put(array) for name, array in arrays_of(work, step).items()}
+        device = rotation.cos.device
+        rows = work.num_partial_rows * self.heads.num_kv_heads
+        there["next_unit"] = torch.empty(1, dtype=torch.int32, device=device)
+        there["partial_out"] = torch.empty(rows * self.heads.head_dim, device=device)
+        there["partial_lse"] = torch.empty(rows, device=device)
+        return CudaPlan(self, there | {"cos": rotation.cos, "sin": rotation.sin})
+
+    def plan_work(self, step: ModelInput) -> WorkPlan:
+        """The step's units."""
+        return plan_units(
+            step.items,
+            len(step.token_ids),
+            group=self.heads.group,
+            num_kv_heads=self.heads.num_kv_heads,
+            num_blocks=self.num_blocks,
+            costs=self.costs,
+        )
+
+
+def arrays_of(work: WorkPlan, step: ModelInput) -> dict[str, NDArray[Any]]:
+    """What the kernel reads of a step, by the names of `AttentionStep`."""
+    counts = [len(step.token_ids), len(work.units), len(work.merge_query)]
+    return {
+        "counts": np.array(counts, dtype=np.int32),
+        "slots": step.slots,
+        "units": work.units,
+        "read_key": work.read_key,
+        "read_block": work.read_block,
+        "block_ids": work.block_ids,
+        "merge_query": work.merge_query,
+        "merge_offsets": work.merge_offsets,
+        "merge_origins": work.merge_origins,
+    }
 
 
 class CudaPlan:
-    """A step for the kernel. Units depend on the heads, so they are planned at the first layer."""
+    """A step for the kernel: `tensors`, on the device, by the names of `AttentionStep`."""
 
-    def __init__(self, backend: CudaBackend, step: ModelInput, rotation: Rotation) -> None:
+    def __init__(self, backend: CudaBackend, tensors: dict[str, torch.Tensor]) -> None:
+        heads = backend.heads
         self._backend = backend
-        self._input = step
-        self._rotation = rotation
-        self._step: AttentionStep | None = None
-        self._kept: list[torch.Tensor] = []  # what `_step` points to
+        self._tensors = tensors  # `_step` points to them
+        self._step = AttentionStep(
+            **{name: Array.of(tensor) for name, tensor in tensors.items()},
+            num_heads=heads.num_heads,
+            num_kv_heads=heads.num_kv_heads,
+            block_shift=backend.block_size.bit_length() - 1,
+            kv_type=KV_TYPES[backend.kv_dtype],
+        )
 
     def run(self, qkv: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """See `LayerPlan.run`."""
-        backend = self._backend
+        backend, heads = self._backend, self._backend.heads
+        width = heads.num_heads + 2 * heads.num_kv_heads
+        assert qkv.shape[1:] == (width, heads.head_dim), qkv.shape
         assert qkv.dtype == torch.bfloat16, qkv.dtype
+        row = (backend.block_size, heads.num_kv_heads, kv_row_values(heads.head_dim, keys.dtype))
+        assert keys.shape[1:] == values.shape[1:] == row, keys.shape
         assert keys.dtype == values.dtype == backend.kv_dtype, keys.dtype
-        num_tokens, width, head_dim = qkv.shape
-        num_kv_heads = keys.shape[2]
-        num_heads = width - 2 * num_kv_heads
-        if self._step is None:
-            self._step = self._prepare(num_heads, num_kv_heads, qkv.device)
-        out = qkv.new_empty(num_tokens, num_heads * head_dim)
-        assert keys.shape[3] == kv_row_values(head_dim, keys.dtype)
+        out = qkv.new_empty(len(qkv), heads.num_heads * heads.head_dim)
         layer = AttentionLayer(
             Array.of(qkv), Array.of_bytes(keys), Array.of_bytes(values), Array.of(out)
         )
         stream = torch.cuda.current_stream().cuda_stream if qkv.is_cuda else 0
-        backend.library.attention(self._step, layer, head_dim, backend.num_blocks, stream)
+        backend.library.attention(self._step, layer, heads.head_dim, backend.num_blocks, stream)
         return out
 
-    def _prepare(self, num_heads: int, num_kv_heads: int, device: torch.device) -> AttentionStep:
-        backend, step = self._backend, self._input
-        work = plan_units(
-            step.items,
-            len(step.token_ids),
-            group=num_heads // num_kv_heads,
-            num_kv_heads=num_kv_heads,
-            num_blocks=backend.num_blocks,
-            costs=backend.costs,
+
+def _check_sizes(block_size: int, heads: Heads, kv_dtype: torch.dtype) -> None:
+    if block_size & (block_size - 1):
+        raise UsageError(
+            f"the cuda attention kernel needs a block_size that is a power of two; it is "
+            f"{block_size}"
         )
-        return self._step_of(work, num_heads, num_kv_heads, device)
-
-    def _step_of(
-        self, work: WorkPlan, num_heads: int, num_kv_heads: int, device: torch.device
-    ) -> AttentionStep:
-        counts = [len(self._input.token_ids), len(work.units), len(work.merge_query)]
-        head_dim = 2 * self._rotation.cos.shape[1]
-        rows = work.num_partial_rows * num_kv_heads
-
-        def there(array: np.ndarray) -> Array:
-            return self._keep(torch.from_numpy(np.ascontiguousarray(array)).to(device))
-
-        return AttentionStep(
-            counts=there(np.array(counts, dtype=np.int32)),
-            slots=there(self._input.slots),
-            cos=self._keep(self._rotation.cos),
-            sin=self._keep(self._rotation.sin),
-            units=there(work.units),
-            read_key=there(work.read_key),
-            read_block=there(work.read_block),
-            block_ids=there(work.block_ids),
-            merge_query=there(work.merge_query),
-            merge_offsets=there(work.merge_offsets),
-            merge_origins=there(work.merge_origins),
-            next_unit=self._keep(torch.zeros(1, dtype=torch.int32, device=device)),
-            partial_out=self._keep(torch.empty(rows * head_dim, device=device)),
-            partial_lse=self._keep(torch.empty(rows, device=device)),
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            block_shift=self._backend.block_size.bit_length() - 1,
-            kv_type=KV_TYPES[self._backend.kv_dtype],
+    if heads.head_dim not in HEAD_DIMS:
+        raise UsageError(
+            f"the cuda attention kernel is compiled for a head_dim of "
+            f"{', '.join(map(str, HEAD_DIMS))}; it is {heads.head_dim}"
         )
-
-    def _keep(self, tensor: torch.Tensor) -> Array:
-        self._kept.append(tensor)
-        return Array.of(tensor)
+    if heads.group > _MOST_GROUP:
+        raise UsageError(
+            f"the cuda attention kernel takes up to {_MOST_GROUP} query heads a kv head; the model "
+            f"has {heads.group}"
+        )
+    if kv_dtype == torch.int8 and block_size % 4:
+        raise UsageError(f"int8 KV needs a block_size of 4 or more; it is {block_size}")

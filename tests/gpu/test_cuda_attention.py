@@ -7,7 +7,7 @@ from attention_trees import trees
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from batchllm.attention.cuda import CudaBackend
+from batchllm.attention.cuda import CudaBackend, Heads
 from batchllm.attention.cuda_library import load_cuda_library
 from batchllm.attention.cuda_plan import UnitCosts
 from batchllm.errors import UsageError
@@ -36,7 +36,11 @@ def sizes_of(library, shape, block_size, costs, kv_dtype):
     """The backend, and what `check` and `check_tree` want to know."""
     kv_heads, group, head_dim = shape
     backend = CudaBackend(
-        block_size, head_dim, library, costs=costs, kv_dtype=kv_dtype or torch.bfloat16
+        block_size,
+        Heads(kv_heads * group, kv_heads, head_dim),
+        library,
+        costs=costs,
+        kv_dtype=kv_dtype or torch.bfloat16,
     )
     sizes = {
         "block_size": block_size,

@@ -8,7 +8,7 @@ from emulated import compile_emulated
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchllm.attention.cuda import CudaBackend
+from batchllm.attention.cuda import CudaBackend, Heads
 from batchllm.attention.cuda_library import CudaLibrary
 from batchllm.attention.cuda_plan import UnitCosts
 from batchllm.errors import UsageError
@@ -37,10 +37,14 @@ def _library(tmp_path_factory):
     return CudaLibrary(compile_emulated("cuda/csrc/attention.cu", tmp_path_factory.mktemp("cuda")))
 
 
+def heads(kv_heads, group, head_dim):
+    return Heads(kv_heads * group, kv_heads, head_dim)
+
+
 def hold(library, rows, shape, *, budget=60, costs=None, block_size=BLOCK_SIZE, kv_dtype=None):
     kv_heads, group, head_dim = shape
     backend = CudaBackend(
-        block_size, head_dim, library, costs=costs, kv_dtype=kv_dtype or torch.bfloat16
+        block_size, heads(*shape), library, costs=costs, kv_dtype=kv_dtype or torch.bfloat16
     )
     return check(
         rows,
@@ -85,7 +89,7 @@ def random_trees(count):
 def hold_tree(library, shape, costs, kv_dtype, items):
     (block_size, items), (kv_heads, group, head_dim) = items, shape
     backend = CudaBackend(
-        block_size, head_dim, library, costs=costs, kv_dtype=kv_dtype or torch.bfloat16
+        block_size, heads(*shape), library, costs=costs, kv_dtype=kv_dtype or torch.bfloat16
     )
     check_tree(
         items,
@@ -136,7 +140,15 @@ def test_nans_stay_with_the_rows_that_see_them(library, kv_dtype):
     assert hold(library, rows, (1, 4, 64), costs=COSTS[1], kv_dtype=kv_dtype).poisoned > 10
 
 
-@pytest.mark.parametrize("block_size, head_dim", [(48, 64), (16, 80)])
-def test_refuses_what_the_kernel_cannot_do(library, block_size, head_dim):
-    with pytest.raises(UsageError, match=r"block_size|head_dim"):
-        CudaBackend(block_size, head_dim, library)
+@pytest.mark.parametrize(
+    "block_size, shape, why",
+    [
+        (48, (1, 1, 64), "block_size"),
+        (16, (1, 1, 80), "head_dim"),
+        (16, (1, 65, 64), "query heads"),
+        (2, (1, 1, 64), "int8"),
+    ],
+)
+def test_refuses_what_the_kernel_cannot_do(library, block_size, shape, why):
+    with pytest.raises(UsageError, match=why):
+        CudaBackend(block_size, heads(*shape), library, kv_dtype=torch.int8)
