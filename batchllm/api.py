@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
@@ -329,18 +330,19 @@ class LLM:
             progress.start_window(plan)
             engine.on_step = progress.on_step
         try:
-            for done in engine.steps(plan):
-                finished += done
-                if progress:
-                    progress.finish_rows(sum(int(num_rows[sequence.leaf]) for sequence in done))
-                if watch.should_stop():
-                    break
-                begun = time.monotonic()
-                if len(finished) > num_kept and begun - kept_at > pause:
-                    outputs += (new := make(finished[num_kept:]))
-                    watch.keep(new)
-                    kept_at, num_kept = time.monotonic(), len(finished)
-                    pause = min(_KEEP_SECONDS, _KEEP_PAUSE * (kept_at - begun))
+            with closing(engine.steps(plan)) as steps:
+                for done in steps:
+                    finished += done
+                    if progress:
+                        progress.finish_rows(sum(int(num_rows[sequence.leaf]) for sequence in done))
+                    if watch.should_stop():
+                        break
+                    begun = time.monotonic()
+                    if len(finished) > num_kept and begun - kept_at > pause:
+                        outputs += (new := make(finished[num_kept:]))
+                        watch.keep(new)
+                        kept_at, num_kept = time.monotonic(), len(finished)
+                        pause = min(_KEEP_SECONDS, _KEEP_PAUSE * (kept_at - begun))
         except OutOfMemoryError:
             pass  # the caller sees who is missing
         except BaseException:  # it leaves sequences behind; the next window starts clean

@@ -14,9 +14,10 @@ class Metrics:
     prompts and answers); `repeated_last_tokens` of them are the last tokens of prompts that other
     prompts continue or repeat, and `window_repeated_tokens` those of prefixes that several windows
     share. `output_tokens` are the rows' answers end to end, and
-    `computed_output_tokens` those sampled (duplicates are answered once). `pool_shrinks` says how
-    often memory ran out in a step and the KV pool was halved. `peak_kv_blocks` is a maximum,
-    everything else a sum.
+    `computed_output_tokens` those sampled (duplicates are answered once); beyond these,
+    `vain_tokens` went through the model for answers that had just ended, where a step is planned
+    before the one before it has told. `pool_shrinks` says how often memory ran out in a step and
+    the KV pool was halved. `peak_kv_blocks` is a maximum, everything else a sum.
     """
 
     rows: int = 0
@@ -29,6 +30,7 @@ class Metrics:
     recomputed_tokens: int = 0
     output_tokens: int = 0
     computed_output_tokens: int = 0
+    vain_tokens: int = 0
     steps: int = 0
     preemptions: int = 0
     pool_shrinks: int = 0

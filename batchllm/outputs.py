@@ -78,6 +78,7 @@ def count(
         recomputed_tokens=stats.recomputed_tokens,
         output_tokens=sum(o.output_tokens for o in outputs),
         computed_output_tokens=sum(len(s.output_token_ids) for s in finished),
+        vain_tokens=stats.vain_tokens,
         steps=stats.steps,
         preemptions=stats.preemptions,
         peak_kv_blocks=peak_kv_blocks,

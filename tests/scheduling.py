@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from batchllm.engine import Engine
 from batchllm.request import Request, SamplingParams
 from batchllm.runner.fake_runner import fake_token
+from batchllm.runner.model_input import fill_carried
 
 MAX_MODEL_LEN = 64
 EOS = frozenset({7})
@@ -22,6 +23,57 @@ ROWS = tables([0, 1])
 POISONED_ROWS = tables([0, 1] * 9 + [2])
 
 
+class LateRunner:
+    """Runs each step as late as a runner may: when the next is submitted, or its result is asked.
+
+    So a batch is read after the scheduler has gone on, and what it holds must not have changed.
+    """
+
+    def __init__(self, runner):
+        self.runner = runner
+        self.steps = []  # submitted, and their results not asked yet
+
+    def shrink(self, num_blocks):
+        assert not self.steps, "a step still runs"
+        return self.runner.shrink(num_blocks)
+
+    def submit(self, batch):
+        assert len(self.steps) < 2, "the scheduler can be one step ahead, no more"
+        before = self.steps[-1] if self.steps else None
+        if before:
+            before.run()
+        self.steps.append(LateStep(self, batch, before))
+        return self.steps[-1]
+
+
+class LateStep:
+    def __init__(self, late, batch, before):
+        self._late, self._batch, self._before = late, batch, before
+        self._output = self._error = None
+
+    def result(self):
+        assert self._late.steps.pop(0) is self, "results are asked in another order"
+        self.run()
+        if self._error:
+            raise self._error
+        return self._output
+
+    def run(self):
+        """Run now, if it did not yet."""
+        batch, before, self._before = self._batch, self._before, None
+        if self._output or self._error:
+            return
+        try:
+            if before and before._error:
+                raise RuntimeError("the step before failed")
+            if len(batch.carried):
+                assert not batch.token_ids[batch.carried.token].any()
+                batch = fill_carried(batch, before._output.token_ids)
+            self._output = self._late.runner.execute(batch)
+        except Exception as error:
+            self._error = error
+
+
 class CheckingEngine(Engine):
     """Checks the scheduler's books after every step, and before it who is said to run."""
 
@@ -30,12 +82,28 @@ class CheckingEngine(Engine):
 
     def everybody_is_known(self, batch):
         leaves = np.union1d(self.scheduler.running_leaves(), batch.samples.leaf)
-        assert len(leaves) == len(self.scheduler._running)
+        running = [before.samples.leaf for before, _ in self._submitted]
+        if running:  # a step that may be all in vain
+            assert np.isin(running, leaves).all()
+            assert len(leaves) <= len(self.scheduler._running) + len(running[0])
+        else:
+            assert len(leaves) == len(self.scheduler._running)
 
     def step(self):
         finished = super().step()
-        self.scheduler.check()
+        if not self._submitted:
+            self.scheduler.check()
         return finished
+
+    def _submit(self):
+        if self._submitted:  # what that one samples is expected
+            self.scheduler.check()
+        super()._submit()
+
+
+def driver(runner, *, ahead):
+    """The runner, or one that the engine keeps a step ahead of."""
+    return LateRunner(runner) if ahead else runner
 
 
 def requests(rows, **params):

@@ -15,7 +15,7 @@ def summary_text(summary: Mapping[str, Any]) -> str:
         f"duplicates {summary['duplicate_rows']:,}",
         f"prompt tokens   {summary['prompt_tokens']:,}, computed "
         f"{summary['computed_prompt_tokens']:,} ({float(summary['saved_share']):.1%} saved)",
-        f"output tokens   {summary['output_tokens']:,}",
+        f"output tokens   {summary['output_tokens']:,}{_in_vain(summary)}",
         f"engine          {duration(engine)} in {summary['steps']:,} steps, "
         f"{computed / max(engine, 1e-9):,.0f} tokens/s computed",
         f"preemptions     {summary['preemptions']:,}, recomputed {summary['recomputed_tokens']:,} "
@@ -34,6 +34,12 @@ def summary_text(summary: Mapping[str, Any]) -> str:
     if summary.get("resumed_rows"):
         lines.append(f"resumed         after {summary['resumed_rows']:,} rows of an earlier run")
     return "\n".join(lines)
+
+
+def _in_vain(summary: Mapping[str, Any]) -> str:
+    """Empty where no step was planned before the one before it was over."""
+    tokens = int(summary.get("vain_tokens", 0))
+    return f", and {tokens:,} more computed in vain behind the ends of answers" if tokens else ""
 
 
 def _kind(summary: Mapping[str, Any]) -> str:

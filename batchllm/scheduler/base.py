@@ -17,13 +17,15 @@ class SchedulerStats:
     """What a scheduler did, in tokens and events; adds up over windows.
 
     `computed_prompt_tokens` is all work on prompts, repeats after preemption included;
-    `recomputed_tokens` is what was repeated, of prompts and of answers.
+    `recomputed_tokens` is what was repeated, of prompts and of answers. `vain_tokens` are those
+    computed for answers that had ended, which was not known yet: at most one an answer.
     """
 
     steps: int = 0
     computed_prompt_tokens: int = 0
     recomputed_tokens: int = 0
     preemptions: int = 0
+    vain_tokens: int = 0
 
     def since(self, before: "SchedulerStats") -> "SchedulerStats":
         """What was added since a copy was taken."""
@@ -32,11 +34,18 @@ class SchedulerStats:
             self.computed_prompt_tokens - before.computed_prompt_tokens,
             self.recomputed_tokens - before.recomputed_tokens,
             self.preemptions - before.preemptions,
+            self.vain_tokens - before.vain_tokens,
         )
 
 
 class StepScheduler(Protocol):
-    """Turns a planned window into one batch a step."""
+    """Turns a planned window into one batch a step.
+
+    `schedule` and `update` take turns. Who runs steps ahead calls `expect` for a batch instead of
+    waiting for its result, then may `schedule` the next, and only then must `update` the first:
+    no more than one batch is expected at a time. The batches must be executed in the order they
+    were made in, as blocks are given to another as soon as no batch to come reads them.
+    """
 
     stats: SchedulerStats
 
@@ -49,7 +58,12 @@ class StepScheduler(Protocol):
 
     @property
     def has_unfinished(self) -> bool:
-        """Whether any sequence waits or runs."""
+        """Whether any sequence waits or runs, or has ended unnoticed as `update` will tell."""
+        ...
+
+    @property
+    def has_work(self) -> bool:
+        """Whether there is something to schedule: not where all that are left are about to end."""
         ...
 
     def schedule(self, ends: Ints | None = None) -> Batch:
@@ -61,12 +75,23 @@ class StepScheduler(Protocol):
         """
         ...
 
+    def expect(self, batch: Batch) -> None:
+        """Go on as if none of the tokens that a batch samples ended an answer.
+
+        But an answer that is then as long as it may be does end. The batch is the one scheduled
+        last; the one before it has been updated.
+        """
+        ...
+
     def update(self, batch: Batch, output: StepOutput) -> list[FinishedSequence]:
         """Append the sampled tokens; returns the sequences that are finished by them."""
         ...
 
     def running_leaves(self) -> Ints:
-        """The leaves whose sequences run, but for those whose first token a batch is to sample."""
+        """The leaves whose sequences run, but for those whose first token a batch is to sample.
+
+        While a batch is expected, those it samples for are among them, perhaps twice.
+        """
         ...
 
     def blocks_alone(self, leaf: int) -> int:

@@ -11,6 +11,7 @@ from batchllm.request import FinishReason, SamplingParams, TokenIds
 Ints = NDArray[np.int64]
 NO_TOKEN = -1  # in a sampled token's place; so `Operations.argmax` gives it too
 Ending = Literal["stop", "length", "kv_memory", "nan_logits"]
+_NONE: Ints = np.zeros(0, dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +75,30 @@ class Samples:
 
 
 @dataclass(frozen=True, slots=True)
+class Carried:
+    """Tokens of a batch that the one before it samples; both [num_carried].
+
+    `Batch.token_ids[token[i]]` is what was sampled for `sample[i]` of the batch before it, whose
+    value the scheduler does not know yet (the place holds 0). Where that is `NO_TOKEN`, the 0 may
+    stay: nobody will read what is computed from it.
+    """
+
+    token: Ints
+    sample: Ints
+
+    def __len__(self) -> int:
+        return len(self.token)
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """One step's work: chunks in depth-first order, so a shared segment's readers are contiguous.
 
     `token_ids` int32 [num_tokens] are the chunks' tokens one behind the other; `tables` int32
     [num_chunks + num_shared, widest] the blocks of chunks and shared segments. With `num_steps`
     above 1 the batch is that many steps of one decode each, of which this is the first. One that is
-    only simulated has no `token_ids` and no `tables`.
+    only simulated has no `token_ids` and no `tables`. `carried` tokens exist only where the batch
+    was made before the result of the one before it was known.
     """
 
     token_ids: TokenIds
@@ -90,6 +108,7 @@ class Batch:
     samples: Samples
     num_decodes: int
     num_steps: int = 1
+    carried: Carried = Carried(_NONE, _NONE)
 
     @property
     def num_tokens(self) -> int:

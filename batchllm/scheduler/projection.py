@@ -85,12 +85,7 @@ class Projection:
             self._node[nodes] = _FOREVER
             self._forever += int(self._blocks[nodes].sum())
         self._hold(sequences, start, finish)
-        known = self._waiting.remove(sequences)
-        known = known[self._node[known] == _FOREVER]
-        if len(known):
-            self._node[known] = _UNTIL
-            self._forever -= int(self._blocks[known].sum())
-            self._hold_nodes(known, self._blocks[known])
+        self.give_up(sequences)
 
     def revise(self, sequences: Ints, start: Ints, finish: Ints) -> None:
         """Expect something else of admitted sequences, from what they hold now."""
@@ -119,8 +114,13 @@ class Projection:
         self.finish[nodes] = _NEVER
 
     def give_up(self, sequences: Ints) -> None:
-        """Sequences will never be admitted."""
-        self._waiting.remove(sequences)
+        """Sequences wait no longer to be admitted: they are, or never will be."""
+        known = self._waiting.remove(sequences)
+        known = known[self._node[known] == _FOREVER]
+        if len(known):
+            self._node[known] = _UNTIL
+            self._forever -= int(self._blocks[known].sum())
+            self._hold_nodes(known, self._blocks[known])
 
     def check(self, sequences: Ints, nodes: Ints) -> None:
         """Assert that what is projected is what these admitted segments add up to (for tests)."""

@@ -33,3 +33,9 @@ class AdmissionQueue:
     def put_back(self, sequence: int) -> None:
         """Make a preempted sequence the head."""
         self._returned.append(sequence)
+
+    def drop(self, sequences: Ints) -> None:
+        """Let preempted sequences wait no longer."""
+        gone = set(sequences.tolist())
+        assert gone <= set(self._returned), "not all of them were preempted"
+        self._returned = [sequence for sequence in self._returned if sequence not in gone]

@@ -13,6 +13,7 @@ from batchllm.scheduler.admission import Admission
 from batchllm.scheduler.assemble import Work, assemble
 from batchllm.scheduler.base import SchedulerStats
 from batchllm.scheduler.batch import Batch, Ending, FinishedSequence, StepOutput, endings
+from batchllm.scheduler.expected import Expected
 from batchllm.scheduler.idle import IdleNodes
 from batchllm.scheduler.lengths import LengthEstimator
 from batchllm.scheduler.projection import Projection
@@ -62,6 +63,7 @@ class Scheduler:
         self._eos_token_ids = eos_token_ids
         self._holder = holder
         self._num_unfinished = 0
+        self._expected: Expected | None = None
 
     def add(self, plan: PrefixPlan) -> list[FinishedSequence]:
         """Queue a window; the last one must be finished.
@@ -75,6 +77,7 @@ class Scheduler:
         self._unfinished = ChildCount(state.parent, state.of_leaf)
         self._running = Running(state)
         self._idle = IdleNodes(state, self._tables, self.pool)
+        self._expected = None
         order = state.of_leaf[plan.leaf_order]
         fits = self._blocks_alone(order) <= self.pool.num_blocks
         self._num_unfinished = int(fits.sum())
@@ -97,8 +100,11 @@ class Scheduler:
         return self._finished(failed, ["kv_memory"] * len(failed))
 
     def running_leaves(self) -> Ints:
-        """The leaves whose sequences run."""
-        return self._state.leaf[self._running.sequences()]
+        """The leaves whose sequences run; see `StepScheduler`."""
+        running = self._state.leaf[self._running.sequences()]
+        if self._expected is None:
+            return running
+        return np.concatenate([running, self._expected.samples.leaf])
 
     def blocks_alone(self, leaf: int) -> int:
         """Blocks a leaf's sequence needs to its longest end, with nothing else in the pool."""
@@ -107,6 +113,10 @@ class Scheduler:
     @property
     def has_unfinished(self) -> bool:
         return self._num_unfinished > 0
+
+    @property
+    def has_work(self) -> bool:
+        return len(self._running) > 0 or len(self._queue) > 0
 
     @property
     def peak_kv_blocks(self) -> int:
@@ -125,6 +135,8 @@ class Scheduler:
             work = self._prefill(self._max_num_batched_tokens)
         tables = self._tables if ends is None else None  # a simulation moves no data
         batch = assemble(state, tables, running.nodes, decodes.with_(work), num_decodes)
+        if self._expected is not None:
+            batch = self._expected.carry(batch)
         state.num_computed[decodes.segments] = decodes.offset + 1
         self.stats.steps += 1
         if len(work.segments):
@@ -136,37 +148,37 @@ class Scheduler:
             return self._repeat(batch, int(left.min()))
         return batch
 
+    def expect(self, batch: Batch) -> None:
+        """Go on as if none of the tokens that a batch samples ended an answer."""
+        assert self._expected is None, "one batch at a time is expected"
+        state = self._state
+        self._projection.advance(1)
+        expected = self._expected = Expected.of(batch, state.has_ended, state.max_tokens)
+        sequences, num_outputs = expected.sequences, expected.num_outputs
+        state.outputs.put(sequences, num_outputs - 1, np.zeros(len(sequences), dtype=np.int32))
+        state.num_outputs[sequences] = num_outputs
+        self._go_on(sequences[~expected.is_last])
+        self._stop(sequences[expected.is_last])
+        self.stats.vain_tokens += expected.num_in_vain
+
     def update(self, batch: Batch, output: StepOutput) -> list[FinishedSequence]:
         """Append the sampled tokens; returns the sequences that are finished by them."""
-        state, projection = self._state, self._projection
-        projection.advance(batch.num_steps)
+        if self._expected is not None:
+            assert batch.samples is self._expected.samples, "another batch is expected"
+            return self._learn(output)
+        state = self._state
+        self._projection.advance(batch.num_steps)
         sequences = batch.samples.sequence
         num_outputs = batch.samples.output_position + batch.num_steps
         if len(batch.token_ids):  # nobody will read what is only simulated
             state.outputs.put(sequences, num_outputs - 1, output.token_ids)
         state.num_outputs[sequences] = num_outputs
-        stopped = output.ends(self._eos_token_ids)
-        if stopped.any():
-            stopped &= ~state.ignore_eos[sequences]
-        failed = output.failed
+        stopped, failed = self._stopped(sequences, output), output.failed
         done = stopped | failed | (num_outputs >= state.max_tokens[sequences])
         ended = sequences[done]
-        going_on = sequences[~done] if len(ended) else sequences
-        self._running.decoding = going_on
-        if projection.latest_start >= projection.now:
-            # The first sample of what took shorter to prefill than expected.
-            self._admission.revise(going_on[projection.start[going_on] >= projection.now])
-        if len(ended) == 0:
-            return []
-        state.num_outputs[sequences[failed]] -= 1
-        learned = ended[~(state.ignore_eos[ended] | failed[done])]
-        if len(learned):
-            self.lengths.observe(state.num_outputs[learned], state.max_tokens[learned])
-        projection.remove(ended)
-        self._num_unfinished -= len(ended)
-        self._release(ended, self._running.finish(ended))
-        self._drop_finished(self._unfinished.remove(ended))
-        return self._finished(ended, endings(stopped[done], failed[done]))
+        self._go_on(sequences[~done] if len(ended) else sequences)
+        self._stop(ended)
+        return self._report(ended, stopped[done], failed[done])
 
     def check(self) -> None:
         """Assert the books of pool, nodes and projection (for tests)."""
@@ -178,6 +190,69 @@ class Scheduler:
         nodes = np.flatnonzero((state.leaf == NOBODY) & (state.num_computed > 0))
         assert set(self._idle) == set(nodes.tolist()) - set(running.nodes.tolist())
         self._projection.check(running.sequences(), running.nodes)
+
+    # One step's result
+
+    def _learn(self, output: StepOutput) -> list[FinishedSequence]:
+        """What was expected is known: fill it in, and end those that it ended."""
+        expected, self._expected = self._expected, None
+        assert expected is not None
+        state, sequences, output = self._state, expected.sequences, expected.tokens(output)
+        state.outputs.put(sequences, expected.num_outputs - 1, output.token_ids)
+        stopped, failed = self._stopped(sequences, output), output.failed
+        done = stopped | failed | expected.is_last
+        early = sequences[done & ~expected.is_last]
+        if len(early):
+            state.has_ended[early] = True
+            decoding = self._running.decoding
+            self._running.decoding = decoding[~state.has_ended[decoding]]
+            waits = np.isin(early, decoding, invert=True)
+            self._stop(early[~waits])
+            self._stop_waiting(early[waits])
+        return self._report(sequences[done], stopped[done], failed[done])
+
+    def _stopped(self, sequences: Ints, output: StepOutput) -> NDArray[np.bool_]:
+        """Which of the sequences a token ended, [n]."""
+        stopped = output.ends(self._eos_token_ids)
+        if stopped.any():
+            stopped &= ~self._state.ignore_eos[sequences]
+        return stopped
+
+    def _go_on(self, sequences: Ints) -> None:
+        """These have sampled and decode from now on, and no others."""
+        projection = self._projection
+        self._running.decoding = sequences
+        if projection.latest_start >= projection.now:
+            # The first sample of what took shorter to prefill than expected.
+            self._admission.revise(sequences[projection.start[sequences] >= projection.now])
+
+    def _stop(self, ended: Ints) -> None:
+        """Sequences, no longer among the decoding, hold nothing any more."""
+        if len(ended):
+            self._projection.remove(ended)
+            self._release(ended, self._running.finish(ended))
+            self._drop_finished(self._unfinished.remove(ended))
+
+    def _stop_waiting(self, ended: Ints) -> None:
+        """Sequences were preempted before it was known that they had ended."""
+        if len(ended):
+            self._queue.drop(ended)
+            self._projection.give_up(ended)
+            self._drop_finished(self._unfinished.remove(ended))
+            self._admission.is_open = True
+
+    def _report(
+        self, ended: Ints, stopped: NDArray[np.bool_], failed: NDArray[np.bool_]
+    ) -> list[FinishedSequence]:
+        if len(ended) == 0:
+            return []
+        state = self._state
+        state.num_outputs[ended[failed]] -= 1
+        learned = ended[~(state.ignore_eos[ended] | failed)]
+        if len(learned):
+            self.lengths.observe(state.num_outputs[learned], state.max_tokens[learned])
+        self._num_unfinished -= len(ended)
+        return self._finished(ended, endings(stopped, failed))
 
     # One step's tokens
 

@@ -25,7 +25,8 @@ class Segments:
 
     State: `num_computed` tokens have their KV, or will once the step scheduled last has run;
     `high_water` is the most that had it when it was dropped: computing below that is repetition.
-    Of leaves, `num_outputs`, and `num_fresh`: prompt tokens computed for this leaf before others.
+    Of leaves, `num_outputs`, and `num_fresh`: prompt tokens computed for this leaf before others;
+    `has_ended` if that was learned after one more token of it was scheduled, perhaps.
     `owner` is the leaf that a node is being, or was last, computed for; a leaf's is itself.
     """
 
@@ -66,6 +67,7 @@ class Segments:
         self.high_water: Ints = np.zeros(self.count, dtype=np.int64)
         self.num_outputs: Ints = np.zeros(self.count, dtype=np.int64)
         self.num_fresh: Ints = np.zeros(self.count, dtype=np.int64)
+        self.has_ended: NDArray[np.bool_] = np.zeros(self.count, dtype=np.bool_)
         self.owner: Ints = np.arange(self.count)
         self.outputs = OutputTokens(self.count)
 

@@ -20,6 +20,7 @@ from batchllm.scheduler.batch import (
     StepOutput,
     endings,
 )
+from batchllm.scheduler.expected import Expected
 from batchllm.scheduler.state import OutputTokens
 
 Ints = NDArray[np.int64]
@@ -61,6 +62,7 @@ class StreamingScheduler:
         self._eos_token_ids = eos_token_ids
         self._waiting: deque[int] = deque()
         self._running = _NONE  # rows, in order of admission
+        self._expected: Expected | None = None
 
     def add(self, plan: PrefixPlan) -> list[FinishedSequence]:
         """Queue a window planned without sharing, so that leaf i is row i.
@@ -82,6 +84,7 @@ class StreamingScheduler:
         self._num_fresh = np.zeros(count, dtype=np.int64)
         self._high_water = np.zeros(count, dtype=np.int64)
         self._has_ended = np.zeros(count, dtype=np.bool_)
+        self._expected = None
         self._outputs = OutputTokens(count)
         self._blocks: dict[int, list[int]] = {}  # of running rows
         alone = -(-(self._length + self._max_tokens - 1) // size)
@@ -90,8 +93,10 @@ class StreamingScheduler:
         return [self._finished(row, "kv_memory") for row in np.flatnonzero(~fits).tolist()]
 
     def running_leaves(self) -> Ints:
-        """The rows that run."""
-        return self._running
+        """The rows that run; see `StepScheduler`."""
+        if self._expected is None:
+            return self._running
+        return np.concatenate([self._running, self._expected.samples.leaf])
 
     def blocks_alone(self, leaf: int) -> int:
         """Blocks a row needs to its longest end, with nothing else in the pool."""
@@ -99,6 +104,10 @@ class StreamingScheduler:
 
     @property
     def has_unfinished(self) -> bool:
+        return self.has_work or self._expected is not None
+
+    @property
+    def has_work(self) -> bool:
         return bool(self._waiting or len(self._running))
 
     @property
@@ -127,10 +136,24 @@ class StreamingScheduler:
         if ends is not None and nothing_joins:
             steps = self._repeat(rows, int((ends[rows] - self._num_outputs[rows]).min()))
         self.stats.steps += steps
-        return self._batch(rows, counts, offset, steps, dry=ends is not None)
+        batch = self._batch(rows, counts, offset, steps, dry=ends is not None)
+        return batch if self._expected is None else self._expected.carry(batch)
+
+    def expect(self, batch: Batch) -> None:
+        """Go on as if none of the tokens that a batch samples ended an answer."""
+        assert self._expected is None, "one batch at a time is expected"
+        expected = self._expected = Expected.of(batch, self._has_ended, self._max_tokens)
+        rows, num_outputs = expected.sequences, expected.num_outputs
+        self._outputs.put(rows, num_outputs - 1, np.zeros(len(rows), dtype=np.int32))
+        self._num_outputs[rows] = num_outputs
+        self._stop(rows[expected.is_last])
+        self.stats.vain_tokens += expected.num_in_vain
 
     def update(self, batch: Batch, output: StepOutput) -> list[FinishedSequence]:
         """Append the sampled tokens; returns the rows that are finished by them."""
+        if self._expected is not None:
+            assert batch.samples is self._expected.samples, "another batch is expected"
+            return self._learn(output)
         rows = batch.samples.sequence
         num_outputs = batch.samples.output_position + batch.num_steps
         if len(batch.token_ids):  # nobody will read what is only simulated
@@ -139,25 +162,45 @@ class StreamingScheduler:
         stopped = output.ends(self._eos_token_ids) & ~self._ignore_eos[rows]
         failed = output.failed
         done = stopped | failed | (num_outputs >= self._max_tokens[rows])
-        ended = rows[done]
-        if len(ended) == 0:
-            return []
-        self._num_outputs[rows[failed]] -= 1
-        for row in ended.tolist():
-            self._let_go(row)
-        self._has_ended[ended] = True
-        self._running = self._running[~self._has_ended[self._running]]
-        return [
-            self._finished(row, ending)
-            for row, ending in zip(
-                ended.tolist(), endings(stopped[done], failed[done]), strict=True
-            )
-        ]
+        self._stop(rows[done])
+        return self._report(rows[done], stopped[done], failed[done])
 
     def check(self) -> None:
         """Assert the books of the cache (for tests)."""
         assert set(self._blocks) == set(self._running.tolist())
         self.cache.check([block for blocks in self._blocks.values() for block in blocks])
+
+    def _learn(self, output: StepOutput) -> list[FinishedSequence]:
+        """What was expected is known: fill it in, and end those that it ended."""
+        expected, self._expected = self._expected, None
+        assert expected is not None
+        rows, output = expected.sequences, expected.tokens(output)
+        self._outputs.put(rows, expected.num_outputs - 1, output.token_ids)
+        stopped = output.ends(self._eos_token_ids) & ~self._ignore_eos[rows]
+        failed = output.failed
+        done = stopped | failed | expected.is_last
+        early = rows[done & ~expected.is_last]
+        waits = np.isin(early, self._running, invert=True)  # preempted meanwhile
+        self._stop(early[~waits])
+        for row in early[waits].tolist():
+            self._waiting.remove(row)
+        return self._report(rows[done], stopped[done], failed[done])
+
+    def _stop(self, rows: Ints) -> None:
+        """Running rows hold nothing any more."""
+        if len(rows) == 0:
+            return
+        for row in rows.tolist():
+            self._let_go(row)
+        self._has_ended[rows] = True
+        self._running = self._running[~self._has_ended[self._running]]
+
+    def _report(
+        self, rows: Ints, stopped: NDArray[np.bool_], failed: NDArray[np.bool_]
+    ) -> list[FinishedSequence]:
+        self._num_outputs[rows[failed]] -= 1
+        ways = endings(stopped, failed)
+        return [self._finished(row, how) for row, how in zip(rows.tolist(), ways, strict=True)]
 
     def _pending(self, rows: Ints) -> Ints:
         return self._length[rows] + self._num_outputs[rows] - self._num_computed[rows]

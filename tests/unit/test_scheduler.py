@@ -10,6 +10,7 @@ from scheduling import (
     POISONED_ROWS,
     ROWS,
     CheckingEngine,
+    driver,
     expected_answer,
     expected_ending,
     is_poisoned,
@@ -36,6 +37,7 @@ def run(
     share=True,
     observed=(),
     fails=lambda context: False,
+    ahead=False,
 ):
     plan = plan_requests(reqs, policy=policy, sharing=share)
     pool = BlockPool(num_blocks, block_size)
@@ -51,7 +53,7 @@ def run(
     runner = FakeRunner(num_blocks, block_size, fails=fails)
     answers = {}
     tree = plan.tree
-    for sequence in CheckingEngine(scheduler, runner).run(plan):
+    for sequence in CheckingEngine(scheduler, driver(runner, ahead=ahead)).run(plan):
         for row in tree.rows[tree.row_offsets[sequence.leaf] : tree.row_offsets[sequence.leaf + 1]]:
             assert row not in answers, f"row {row} left twice"
             answers[int(row)] = sequence
@@ -80,10 +82,12 @@ def least_blocks(plan, block_size):
     policy=st.sampled_from(["ratio", "dfs", "table-order"]),
     share=st.booleans(),
     ignore_eos=st.booleans(),
+    too_short=st.booleans(),
+    ahead=st.booleans(),
 )
 @settings(max_examples=300, deadline=None)
 def test_every_row_is_answered_right_whatever_the_memory(
-    rows, block_size, spare, budget, max_num_seqs, policy, share, ignore_eos
+    rows, block_size, spare, budget, max_num_seqs, policy, share, ignore_eos, too_short, ahead
 ):
     reqs = requests(rows, ignore_eos=ignore_eos)
     plan = plan_requests(reqs, policy=policy, sharing=share)
@@ -95,6 +99,8 @@ def test_every_row_is_answered_right_whatever_the_memory(
         max_num_seqs=max_num_seqs,
         policy=policy,
         share=share,
+        observed=([1] * 30, [16] * 30) if too_short else (),
+        ahead=ahead,
     )
     assert len(answers) == len(rows)
     for i, (prompt, max_tokens) in enumerate(rows):
@@ -109,8 +115,16 @@ def test_every_row_is_answered_right_whatever_the_memory(
     assert fresh == plan.tree.num_tokens
     # Books: everything the runner computed is a first time or a repeat, each last token excepted.
     assert runner.num_computed_tokens == (
-        fresh + sampled - len(sequences) + scheduler.stats.recomputed_tokens
+        fresh
+        + sampled
+        - len(sequences)
+        + scheduler.stats.recomputed_tokens
+        + scheduler.stats.vain_tokens
     )
+    # In vain: a token at most for each that might have gone on and stopped, and only if ahead.
+    limits = plan.max_tokens[plan.tree.leaf_row]
+    early = sum(len(s.output_token_ids) < limits[s.leaf] for s in sequences)
+    assert scheduler.stats.vain_tokens <= early * ahead
     if ignore_eos and policy != "table-order":
         # Lengths are known and prefixes in one piece: the projection never has to be repaired.
         assert scheduler.stats.preemptions == 0
@@ -126,10 +140,11 @@ def test_every_row_is_answered_right_whatever_the_memory(
     budget=st.integers(1, 40),
     policy=st.sampled_from(["ratio", "dfs", "table-order"]),
     share=st.booleans(),
+    ahead=st.booleans(),
 )
 @settings(max_examples=300, deadline=None)
 def test_rows_without_usable_logits_fail_and_no_others(
-    rows, copies, block_size, spare, budget, policy, share
+    rows, copies, block_size, spare, budget, policy, share, ahead
 ):
     """Whatever is shared, chunked, preempted (lengths learned are too short) or there twice."""
     rows = rows * copies
@@ -144,6 +159,7 @@ def test_rows_without_usable_logits_fail_and_no_others(
         share=share,
         observed=([1] * 30, [16] * 30),
         fails=is_poisoned,
+        ahead=ahead,
     )
     for i, (prompt, max_tokens) in enumerate(rows):
         got = answers[i]

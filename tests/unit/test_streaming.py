@@ -8,6 +8,7 @@ from scheduling import (
     POISONED_ROWS,
     ROWS,
     CheckingEngine,
+    driver,
     expected_answer,
     expected_ending,
     is_poisoned,
@@ -25,7 +26,9 @@ def never(context):
     return False
 
 
-def run(rows, *, num_blocks, block_size, budget=16, max_num_seqs=8, fails=never, **params):
+def run(
+    rows, *, num_blocks, block_size, budget=16, max_num_seqs=8, fails=never, ahead=False, **params
+):
     plan = plan_requests(requests(rows, **params), policy="table-order", sharing=False)
     scheduler = StreamingScheduler(
         num_blocks,
@@ -36,7 +39,7 @@ def run(rows, *, num_blocks, block_size, budget=16, max_num_seqs=8, fails=never,
         eos_token_ids=EOS,
     )
     runner = FakeRunner(num_blocks, block_size, fails=fails)
-    done = {s.leaf: s for s in CheckingEngine(scheduler, runner).run(plan)}
+    done = {s.leaf: s for s in CheckingEngine(scheduler, driver(runner, ahead=ahead)).run(plan)}
     assert scheduler.cache.num_free == num_blocks
     return done, scheduler
 
@@ -48,10 +51,11 @@ def run(rows, *, num_blocks, block_size, budget=16, max_num_seqs=8, fails=never,
     budget=st.integers(1, 40),
     max_num_seqs=st.integers(1, 20),
     ignore_eos=st.booleans(),
+    ahead=st.booleans(),
 )
 @settings(max_examples=200, deadline=None)
 def test_every_row_is_answered_right_whatever_the_memory(
-    rows, block_size, spare, budget, max_num_seqs, ignore_eos
+    rows, block_size, spare, budget, max_num_seqs, ignore_eos, ahead
 ):
     longest = max(min(len(p) + m - 1, MAX_MODEL_LEN) for p, m in rows)
     done, scheduler = run(
@@ -61,6 +65,7 @@ def test_every_row_is_answered_right_whatever_the_memory(
         budget=budget,
         max_num_seqs=max_num_seqs,
         ignore_eos=ignore_eos,
+        ahead=ahead,
     )
     assert sorted(done) == list(range(len(rows)))
     for i, (prompt, max_tokens) in enumerate(rows):
@@ -69,14 +74,23 @@ def test_every_row_is_answered_right_whatever_the_memory(
     fresh = sum(s.num_fresh_prompt_tokens for s in done.values())
     assert fresh <= sum(len(p) for p, _ in rows)
     assert scheduler.stats.computed_prompt_tokens >= fresh
+    early = sum(s.finish_reason == "stop" for s in done.values())
+    assert scheduler.stats.vain_tokens <= early * ahead
 
 
-@given(rows=POISONED_ROWS, block_size=st.integers(1, 5), spare=st.integers(0, 30))
+@given(
+    rows=POISONED_ROWS,
+    block_size=st.integers(1, 5),
+    spare=st.integers(0, 30),
+    ahead=st.booleans(),
+)
 @settings(max_examples=100, deadline=None)
-def test_rows_without_usable_logits_fail_and_no_others(rows, block_size, spare):
+def test_rows_without_usable_logits_fail_and_no_others(rows, block_size, spare, ahead):
     longest = max(min(len(p) + m - 1, MAX_MODEL_LEN) for p, m in rows)
     num_blocks = -(-longest // block_size) + spare
-    done, _ = run(rows, num_blocks=num_blocks, block_size=block_size, fails=is_poisoned)
+    done, _ = run(
+        rows, num_blocks=num_blocks, block_size=block_size, fails=is_poisoned, ahead=ahead
+    )
     for i, row in enumerate(rows):
         assert (done[i].ending, done[i].output_token_ids.tolist()) == expected_ending(*row)
 
