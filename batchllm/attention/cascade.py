@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from batchllm.attention.write import rotate_and_write
 from batchllm.models.rope import Rotation
 from batchllm.runner.model_input import AttentionItems, ModelInput
+from batchllm.runner.staging import Put
 
 Ints = NDArray[np.int64]
 
@@ -58,7 +59,9 @@ class TorchBackend:
     def __init__(self, block_size: int, head_dim: int) -> None:
         self._block_size = block_size
 
-    def plan(self, step: ModelInput, rotation: Rotation) -> "TorchPlan":
+    def plan(
+        self, step: ModelInput, rotation: Rotation, put: Put = torch.from_numpy
+    ) -> "TorchPlan":
         """Sort the step's items into calls."""
         items, num_tokens = step.items, len(step.token_ids)
         queries = items.query_end - items.query_begin

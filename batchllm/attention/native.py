@@ -12,6 +12,7 @@ from batchllm.errors import UsageError
 from batchllm.models.rope import Rotation
 from batchllm.native.kernels import NativeKernels, load_kernels
 from batchllm.runner.model_input import AttentionItems, ModelInput
+from batchllm.runner.staging import Put
 
 Ints = NDArray[np.int64]
 
@@ -136,7 +137,9 @@ class NativeBackend:
         self._pass_keys = _PASS_KEYS_DETERMINISTIC if deterministic else _PASS_KEYS
         self.granularity = self._pass_keys if deterministic else 1
 
-    def plan(self, step: ModelInput, rotation: Rotation) -> "NativePlan":
+    def plan(
+        self, step: ModelInput, rotation: Rotation, put: Put = torch.from_numpy
+    ) -> "NativePlan":
         """Everything but the tiles is the step's own arrays."""
         return NativePlan(self.kernels, step, rotation, self._block_size, self._pass_keys)
 

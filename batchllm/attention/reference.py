@@ -1,12 +1,18 @@
 """Attention as the textbook has it: the yardstick for every faster backend."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from batchllm.attention.write import rotate_and_write
 from batchllm.models.rope import Rotation
 from batchllm.runner.model_input import ModelInput
+from batchllm.runner.staging import Put
+
+Ints = NDArray[np.int64]
 
 
 class ReferenceBackend:
@@ -21,18 +27,21 @@ class ReferenceBackend:
     def __init__(self, block_size: int, head_dim: int) -> None:
         self._block_size = block_size
 
-    def plan(self, step: ModelInput, rotation: Rotation) -> "ReferencePlan":
+    def plan(
+        self, step: ModelInput, rotation: Rotation, put: Put = torch.from_numpy
+    ) -> "ReferencePlan":
         """Collect the slots that every query sees."""
         items, num_tokens = step.items, len(step.token_ids)
-        slots: list[list[torch.Tensor]] = [[] for _ in range(num_tokens)]
+        slots: list[list[Ints]] = [[] for _ in range(num_tokens)]
         for item in range(len(items)):
-            blocks = torch.from_numpy(items.blocks(item))
-            every = (blocks[:, None] * self._block_size + torch.arange(self._block_size)).ravel()
+            blocks = items.blocks(item)
+            every = (blocks[:, None] * self._block_size + np.arange(self._block_size)).ravel()
             for query in range(int(items.query_begin[item]), int(items.query_end[item])):
                 hidden = int(items.query_end[item]) - 1 - query if items.own[item] else 0
                 slots[query].append(every[: int(items.kv_len[item]) - hidden])
-        seen = [torch.cat(parts) for parts in slots]
-        return ReferencePlan(rotation, torch.from_numpy(step.slots), seen)
+        seen = [np.concatenate(parts) for parts in slots]
+        all_seen = torch.split(put(np.concatenate(seen)), list(map(len, seen)))
+        return ReferencePlan(rotation, put(step.slots), all_seen)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +50,7 @@ class ReferencePlan:
 
     rotation: Rotation
     slots: torch.Tensor
-    seen: list[torch.Tensor]
+    seen: Sequence[torch.Tensor]
 
     def run(self, qkv: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """See `LayerPlan.run`."""

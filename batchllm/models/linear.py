@@ -61,7 +61,7 @@ def pack_torch(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
     oneDNN reads a packed weight in order, which is worth most where rows are few: 1.5 times at 16
     rows, 1.1 at 256 (two AVX-512 cores, bfloat16).
     """
-    if weight.dtype != torch.bfloat16 or not can_pack():
+    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or not can_pack():
         return lambda x: F.linear(x, weight, bias)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight)
 

@@ -15,6 +15,10 @@ class Rotation:
     cos: torch.Tensor
     sin: torch.Tensor
 
+    def first(self, num_tokens: int) -> "Rotation":
+        """That of the first tokens, in the same memory."""
+        return Rotation(self.cos[:num_tokens], self.sin[:num_tokens])
+
     def apply(self, states: torch.Tensor) -> torch.Tensor:
         """Rotate [num_tokens, heads, d], pairs (i, i + d / 2) as Hugging Face lays them out.
 
@@ -34,8 +38,20 @@ class RotaryEmbedding:
 
     def __call__(self, positions: torch.Tensor) -> Rotation:
         """The rotation of tokens at `positions`, int64 [num_tokens]."""
+        rotation = self.empty(len(positions))
+        self.fill(rotation, positions)
+        return rotation
+
+    def empty(self, num_tokens: int) -> Rotation:
+        """Room for a rotation, for who must know where it will be before `fill` can say what."""
+        shape = (num_tokens, len(self._frequencies))
+        return Rotation(*[self._frequencies.new_empty(shape) for _ in range(2)])
+
+    def fill(self, rotation: Rotation, positions: torch.Tensor) -> None:
+        """Write the rotation of tokens at `positions`, int64 [num_tokens]."""
         angles = positions[:, None].float() * self._frequencies
-        return Rotation(angles.cos(), angles.sin())
+        torch.cos(angles, out=rotation.cos)
+        torch.sin(angles, out=rotation.sin)
 
 
 def rope_frequencies(config: ModelConfig) -> torch.Tensor:

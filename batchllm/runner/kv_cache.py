@@ -3,22 +3,41 @@
 import contextlib
 import math
 import mmap
+from collections.abc import Callable
 
 import torch
 
 from batchllm.cache.memory import ran_out_of_memory
 from batchllm.errors import UsageError
 
+Allocate = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
+
+
+def zero_pages(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Zero pages of the operating system, which cost nothing before they are written."""
+    count = math.prod(shape)
+    memory = mmap.mmap(-1, count * dtype.itemsize)
+    if hasattr(mmap, "MADV_HUGEPAGE"):  # first use of a small page costs as much as filling it
+        with contextlib.suppress(OSError):  # a kernel built without
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype, count=count).view(shape)
+
+
+def memory_of(device: torch.device) -> Allocate:
+    """What takes memory of a device."""
+    if device.type == "cpu":
+        return zero_pages
+    return lambda shape, dtype: torch.empty(shape, dtype=dtype, device=device)
+
 
 class KVCache:
     """Keys and values of all layers.
 
     `keys[layer]` and `values[layer]` are [num_blocks, block_size, num_kv_heads, head_dim]; where
-    in its block a value lies is up to the attention backend, which alone writes and reads. The
-    memory is zero pages of the operating system until it is written, so a generous pool costs
-    nothing before it is used. Where the system does not give as much even so, because a limit is
-    set for the process or memory is never overcommitted, there are half as many blocks, or a
-    quarter, and so on: `num_blocks` is what it came to.
+    in its block a value lies is up to the attention backend, which alone writes and reads. Where
+    `allocate` does not get as much, because a limit is set for the process or memory is never
+    overcommitted, there are half as many blocks, or a quarter, and so on: `num_blocks` is what it
+    came to.
 
     Raises:
         UsageError: not even one block is to be had.
@@ -33,11 +52,13 @@ class KVCache:
         num_kv_heads: int,
         head_dim: int,
         dtype: torch.dtype,
+        allocate: Allocate = zero_pages,
     ) -> None:
+        self._allocate = allocate
         self._num_layers = num_layers
         self._block_shape = (block_size, num_kv_heads, head_dim)
         self._dtype = dtype
-        self.keys, self.values = self._allocate(num_blocks)
+        self.keys, self.values = self._take(num_blocks)
 
     @property
     def num_blocks(self) -> int:
@@ -46,27 +67,22 @@ class KVCache:
     def shrink(self, num_blocks: int) -> None:
         """Give all memory back, then take that of `num_blocks`, or fewer; what was held is lost."""
         del self.keys, self.values
-        self.keys, self.values = self._allocate(num_blocks)
+        self.keys, self.values = self._take(num_blocks)
 
-    def _allocate(self, num_blocks: int) -> torch.Tensor:
+    def _take(self, num_blocks: int) -> torch.Tensor:
         shape = (2, self._num_layers, num_blocks, *self._block_shape)
-        count = math.prod(shape)
-        num_bytes = count * self._dtype.itemsize
         try:
-            memory = mmap.mmap(-1, num_bytes)
-        except OSError as error:
+            return self._allocate(shape, self._dtype)
+        except (OSError, RuntimeError) as error:
             if not ran_out_of_memory(error):
                 raise
             if num_blocks == 1:
+                num_bytes = math.prod(shape) * self._dtype.itemsize
                 raise UsageError(
                     f"the system gives no {num_bytes:,} bytes for one block of the KV cache; free "
                     "memory, or raise the limit set for the process (ulimit -v)"
                 ) from error
-            return self._allocate(num_blocks // 2)
-        if hasattr(mmap, "MADV_HUGEPAGE"):  # first use of a small page costs as much as filling it
-            with contextlib.suppress(OSError):  # a kernel built without
-                memory.madvise(mmap.MADV_HUGEPAGE)
-        return torch.frombuffer(memory, dtype=self._dtype, count=count).view(shape)
+        return self._take(num_blocks // 2)
 
 
 def kv_bytes_per_token(

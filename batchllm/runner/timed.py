@@ -12,6 +12,7 @@ from batchllm.models.linear import Product
 from batchllm.models.operations import Operations
 from batchllm.models.rope import Rotation
 from batchllm.runner.model_input import ModelInput
+from batchllm.runner.staging import Put
 
 PRODUCTS, ATTENTION, ROW_WISE = "matrix products", "attention", "norms and gates"
 SAMPLING, SCHEDULER, OTHER = "sampling", "scheduler", "other"
@@ -22,19 +23,26 @@ R = TypeVar("R")
 
 
 class Clock:
-    """Seconds by part. Parts are calls that do not overlap."""
+    """Seconds by part. Parts are calls that do not overlap.
+
+    `settle` waits until what was begun is done, where a device goes on by itself: a part's time is
+    the device's then, and the parts' sum more than an undisturbed run would take.
+    """
 
     def __init__(self) -> None:
         self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.settle: Callable[[], None] = lambda: None
 
     def timed(self, part: str, call: Callable[P, R]) -> Callable[P, R]:
         """The same call, its time added to a part."""
 
         def timed_call(*args: P.args, **kwargs: P.kwargs) -> R:
+            self.settle()
             started = time.perf_counter()
             try:
                 return call(*args, **kwargs)
             finally:
+                self.settle()
                 self.seconds[part] += time.perf_counter() - started
 
         return timed_call
@@ -68,9 +76,9 @@ class TimedBackend:
         self._clock = clock
         self._plan = clock.timed(ATTENTION, backend.plan)
 
-    def plan(self, step: ModelInput, rotation: Rotation) -> LayerPlan:
+    def plan(self, step: ModelInput, rotation: Rotation, put: Put = torch.from_numpy) -> LayerPlan:
         """See `AttentionBackend`."""
-        return _TimedPlan(self._plan(step, rotation), self._clock)
+        return _TimedPlan(self._plan(step, rotation, put), self._clock)
 
 
 class _TimedPlan:

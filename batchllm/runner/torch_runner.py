@@ -8,6 +8,7 @@ import torch
 from batchllm.attention.backend import AttentionBackend
 from batchllm.models.operations import Operations
 from batchllm.models.registry import Model
+from batchllm.runner.forward import run_layers
 from batchllm.runner.kv_cache import KVCache
 from batchllm.runner.model_input import ModelInput, build_model_input
 from batchllm.sampling.sampler import sample_tokens
@@ -58,14 +59,8 @@ class TorchRunner:
         return torch.cat(list(self._logits(step)))
 
     def _logits(self, step: ModelInput) -> Iterator[torch.Tensor]:
-        model, cache = self._model, self._cache
-        plan = self._backend.plan(step, model.rotary(torch.from_numpy(step.positions)))
-
-        def attend(layer: int, qkv: torch.Tensor) -> torch.Tensor:
-            return plan.run(qkv, cache.keys[layer], cache.values[layer])
-
-        hidden = model.forward(
-            torch.from_numpy(step.token_ids), attend, torch.from_numpy(step.sample_rows)
-        )
+        model, put = self._model, torch.from_numpy
+        plan = self._backend.plan(step, model.rotary(put(step.positions)))
+        hidden = run_layers(model, self._cache, plan, put(step.token_ids), put(step.sample_rows))
         for part in torch.split(hidden, _ROWS):
             yield model.logits(part)

@@ -1,0 +1,192 @@
+"""Decode-only steps, recorded once for each number of rows and replayed.
+
+A step of decodes has few tokens, so launching its hundreds of operations one by one takes the host
+longer than the device needs for them. A recorded step is one launch. What it reads lies in places
+that never move, and its number of rows is fixed: a batch is filled up to the next of a few sizes
+with rows that decode nothing, whose KV goes to a block that nobody reads.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from batchllm.attention.backend import GraphBackend, GraphPlan
+from batchllm.models.registry import Model
+from batchllm.runner.device import Device
+from batchllm.runner.forward import run_layers
+from batchllm.runner.graphs import Recorder, Replay
+from batchllm.runner.kv_cache import KVCache
+from batchllm.runner.model_input import build_model_input
+from batchllm.runner.staging import FixedStager
+from batchllm.runner.token_feed import TokenFeed
+from batchllm.scheduler.batch import Batch, Chunks
+
+Ints = NDArray[np.int64]
+
+_SIZES_A_DOUBLING = 8  # one row in sixteen is filling, then
+_LEAST_FILLING = 8
+_MOST_FILLING = 128  # products are computed in tiles of so many rows anyway
+# Recording a step takes as long as launching some twenty, which a size that is rare is not worth.
+_RUNS_BEFORE = 16
+
+Sample = Callable[[torch.Tensor], torch.Tensor]
+Finish = Callable[[torch.Tensor], None]
+"""What becomes of a step's hidden states, [num_rows, hidden_size]."""
+
+
+class DecodeGraphs:
+    """Runs decode-only batches of up to `max_num_rows` rows from recordings.
+
+    Those that it cannot run, or not yet, it leaves to the caller.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        cache: KVCache,
+        backend: GraphBackend,
+        feed: TokenFeed,
+        device: Device,
+        recorder: Recorder,
+        sample: Sample,
+        *,
+        block_size: int,
+        max_num_rows: int,
+    ) -> None:
+        self._model = model
+        self._cache = cache
+        self._backend = backend
+        self._feed = feed
+        self._recorder = recorder
+        self._sample = sample
+        self._block_size = block_size
+        self._sizes = row_sizes(max_num_rows)
+        self._inputs = FixedStager(device)
+        self._token_ids = self._inputs.reserve(max_num_rows, np.int32)
+        self._sources = self._inputs.reserve(max_num_rows, np.int64)
+        self._positions = self._inputs.reserve(max_num_rows, np.int64)
+        self._rotation = model.rotary.empty(max_num_rows)
+        self._rows = torch.arange(max_num_rows, device=device.torch_device)
+        shape = (max_num_rows, model.config.hidden_size)
+        self._hidden = torch.empty(shape, dtype=model.dtype, device=device.torch_device)
+        self._tokens = torch.empty(max_num_rows, dtype=torch.int32, device=device.torch_device)
+        self._plans: dict[int, GraphPlan] = {}
+        self._replays: dict[tuple[int, Finish], Replay] = {}
+        self._runs: Counter[tuple[int, Finish]] = Counter()
+
+    def greedy_tokens(self, batch: Batch) -> torch.Tensor | None:
+        """The likeliest token of each sample, int32 [num_samples]; None where it cannot."""
+        if not self._run(batch, self._sample_greedily):
+            return None
+        return self._tokens[: len(batch.samples)]
+
+    def hidden(self, batch: Batch) -> torch.Tensor | None:
+        """Hidden states [num_samples, hidden_size], before the final norm; None where it cannot."""
+        if not self._run(batch, self._keep_hidden):
+            return None
+        return self._hidden[: len(batch.samples)]
+
+    def forget(self) -> None:
+        """Give all recordings up, because the KV cache has moved."""
+        self._replays.clear()
+        self._runs.clear()
+        self._recorder.forget()
+
+    def _sample_greedily(self, hidden: torch.Tensor) -> None:
+        self._tokens[: len(hidden)] = self._sample(hidden)
+
+    def _keep_hidden(self, hidden: torch.Tensor) -> None:
+        self._hidden[: len(hidden)] = hidden
+
+    def _run(self, batch: Batch, finish: Finish) -> bool:
+        """Run the layers and `finish`, if this batch is one to replay."""
+        num_rows = len(batch.chunks)
+        if num_rows > self._sizes[-1] or not is_decode_only(batch):
+            return False
+        size = int(self._sizes[self._sizes.searchsorted(num_rows)])
+        key = (size, finish)
+        if key not in self._replays and self._runs[key] < _RUNS_BEFORE:
+            self._runs[key] += 1
+            return False
+        padded = pad_decodes(batch, size, scratch_block=self._cache.num_blocks - 1)
+        step = build_model_input(padded, self._block_size)
+        plan = self._plan(size)
+        if not plan.update(step):
+            return False
+        self._token_ids.fill(step.token_ids)
+        self._sources.fill(self._feed.sources(padded))
+        self._positions.fill(step.positions)
+        self._inputs.send()
+        if key in self._replays:
+            self._replays[key]()
+            return True
+
+        def step_of_this_size() -> None:
+            self._step(size, plan, finish)
+
+        step_of_this_size()  # this batch's, and the run that recording wants before
+        self._replays[key] = self._recorder.record(step_of_this_size)
+        return True
+
+    def _step(self, size: int, plan: GraphPlan, finish: Finish) -> None:
+        """What is recorded: reads and writes nothing that moves."""
+        self._model.rotary.fill(self._rotation.first(size), self._positions.tensor[:size])
+        token_ids = self._feed.add(self._token_ids.tensor[:size], self._sources.tensor[:size])
+        finish(run_layers(self._model, self._cache, plan, token_ids, self._rows[:size]))
+
+    def _plan(self, size: int) -> GraphPlan:
+        if size not in self._plans:
+            rotation = self._rotation.first(size)
+            self._plans[size] = self._backend.graph_plan(size, rotation, self._inputs.reserve)
+        return self._plans[size]
+
+
+def is_decode_only(batch: Batch) -> bool:
+    """Whether a batch is one token of each sequence, and samples after every one of them.
+
+    A prompt's last token, computed by itself, is the same to the model.
+    """
+    num_chunks = len(batch.chunks)
+    return (
+        num_chunks > 0
+        and bool((batch.chunks.count == 1).all())
+        and np.array_equal(batch.samples.chunk, np.arange(num_chunks))
+    )
+
+
+def pad_decodes(batch: Batch, num_rows: int, *, scratch_block: int) -> Batch:
+    """The same batch with more chunks of one token, in `scratch_block`, that sample nothing.
+
+    They are all the same: token 0 at position 0, which sees itself.
+    """
+    chunks = batch.chunks
+    num_chunks = len(chunks)
+    more = np.zeros(num_rows - num_chunks, dtype=np.int64)
+    tables = batch.tables
+    scratch = np.full((len(more), max(tables.shape[1], 1)), scratch_block, dtype=tables.dtype)
+    return Batch(
+        token_ids=np.concatenate([batch.token_ids, more.astype(np.int32)]),
+        chunks=Chunks(
+            count=np.concatenate([chunks.count, more + 1]),
+            start=np.concatenate([chunks.start, more]),
+            offset=np.concatenate([chunks.offset, more]),
+        ),
+        shared=batch.shared,
+        tables=np.concatenate([tables[:num_chunks], scratch, tables[num_chunks:]]),
+        samples=batch.samples,
+        num_decodes=batch.num_decodes,
+        carried=batch.carried,
+    )
+
+
+def row_sizes(most: int) -> Ints:
+    """The numbers of rows that steps are filled up to, ascending, the last of them `most`."""
+    sizes = [1, 2, 4, 8]
+    while sizes[-1] < most:
+        power = 1 << sizes[-1].bit_length() - 1
+        spacing = max(power // _SIZES_A_DOUBLING, _LEAST_FILLING)
+        sizes.append(sizes[-1] + min(spacing, _MOST_FILLING))
+    return np.array([*(size for size in sizes if size < most), most], dtype=np.int64)
