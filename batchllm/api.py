@@ -92,17 +92,20 @@ class LLM:
         self._slower = loaded.slower
         self._granularity = loaded.granularity
         self._wanted_kv_blocks = loaded.wanted_blocks
+        self.device, self._hardware = loaded.device, loaded.hardware
+        step = self.config.step_limits(loaded.device)
         self.limits = SchedulerLimits(
             num_blocks=loaded.num_blocks,
             block_size=self.config.block_size,
             max_model_len=self.max_model_len,
-            max_num_batched_tokens=self.config.max_num_batched_tokens,
-            max_num_seqs=self.config.max_num_seqs,
+            max_num_batched_tokens=step.max_num_batched_tokens,
+            max_num_seqs=step.max_num_seqs,
         )
         self.runner = loaded.runner
         self._lengths = LengthEstimator()
         self.shape = shape_of(model.config, loaded.dtype)
-        self._costs = CostModel(this_machine(), self.shape)
+        self.machine = this_machine(gpu=loaded.hardware)
+        self._costs = CostModel(self.machine, self.shape)
         self._scheduler = self.new_scheduler()
         self.load_seconds = time.perf_counter() - started
         self.metrics = Metrics()
@@ -290,7 +293,7 @@ class LLM:
         kind = " ".join([self.dtype, *filter(None, [self.config.quantization])])
         line = (
             f"{self.checkpoint.path.name} in {kind} (loaded in {self.load_seconds:.1f}s), "
-            f"{self.threads}, {self.kv_memory / 2**30:,.2f} GiB KV memory = "
+            f"{self._hardware or self.threads}, {self.kv_memory / 2**30:,.2f} GiB KV memory = "
             f"{self.num_kv_tokens:,} tokens, attention {self.attention}"
         )
         warnings = [
@@ -355,8 +358,9 @@ class LLM:
         self.metrics.add(count(plan, finished, outputs, stats, scheduler.peak_kv_blocks))
         return outputs
 
-    def run_at_most(self, max_num_seqs: int) -> None:
-        """Run so many sequences at once from the next window on."""
+    def run_at_most(self, max_num_seqs: int | None) -> None:
+        """Run so many sequences at once from the next window on; None is as many as it may."""
+        max_num_seqs = max_num_seqs or self.config.step_limits(self.device).max_num_seqs
         if max_num_seqs != self.limits.max_num_seqs:
             self.limits = replace(self.limits, max_num_seqs=max_num_seqs)
             self._scheduler = self.new_scheduler()

@@ -8,11 +8,13 @@ from tempfile import TemporaryFile
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from numpy.typing import NDArray
 
 from batchllm.api import LLM
 from batchllm.prefix.plan import PrefixPlan, plan_tokens
 from batchllm.request import RaggedTokens, SamplingParams, TokenIds
+from batchllm.runner.device_runner import DeviceRunner
 from batchllm.runner.measure import gemm_rates, read_bandwidth
 from batchllm.runner.timed import OTHER, PARTS, SCHEDULER, Clock
 from batchllm.runner.torch_runner import TorchRunner
@@ -22,7 +24,6 @@ from batchllm.simulate.calibrate import MeasuredStep, calibrate
 from batchllm.simulate.choose import simulate_policy
 from batchllm.simulate.cost import CostModel
 from batchllm.simulate.machine import Machine
-from batchllm.simulate.saved import this_machine
 
 Ints = NDArray[np.int64]
 _RUNS = 3  # of each workload that is fitted to
@@ -132,14 +133,15 @@ class Bench:
     def calibrate(self, notify: Callable[[str], None] = lambda _: None) -> Machine:
         """Measure products and memory, run the calibration workloads, and fit."""
         llm = self._llm
-        assert isinstance(llm.runner, TorchRunner), "fake takes no clock"
+        assert isinstance(llm.runner, TorchRunner | DeviceRunner), "fake takes no clock"
         notify("measuring matrix products and memory")
-        start = replace(
-            this_machine(),
-            name="cpu",
-            gemm_rates=gemm_rates(llm.shape, llm.dtype, llm.runner.operations.pack),
-            bandwidth=read_bandwidth(),
-        )
+        pack, settle = llm.runner.operations.pack, self._clock.settle
+        with torch.device(llm.device):
+            start = replace(
+                llm.machine,
+                gemm_rates=gemm_rates(llm.shape, llm.dtype, pack, settle),
+                bandwidth=read_bandwidth(settle),
+            )
         steps: list[MeasuredStep] = []
         self.run(CALIBRATION[0])  # the first steps of a process are slower
         for workload in CALIBRATION:

@@ -12,6 +12,7 @@ from batchllm.cli_options import (
     AsJson,
     Chat,
     Deterministic,
+    Device,
     Dtype,
     DummyShape,
     IgnoreEos,
@@ -97,11 +98,12 @@ def run(
     deterministic: Deterministic = False,
     policy: Policy = "auto",
     sharing: Sharing = True,
+    device: Device = "auto",
     threads: Threads = None,
     kv_memory: KvMemory = None,
     max_model_len: MaxModelLen = None,
-    max_num_seqs: MaxNumSeqs = 1024,
-    max_num_batched_tokens: MaxNumBatchedTokens = 2048,
+    max_num_seqs: MaxNumSeqs = None,
+    max_num_batched_tokens: MaxNumBatchedTokens = None,
     window_rows: WindowRows = 65_536,
     max_errors: MaxErrors = None,
     on_error: OnError = "continue",
@@ -159,6 +161,7 @@ def run(
                     deterministic=deterministic,
                     policy=policy,
                     sharing=sharing,
+                    device=device,
                     threads=threads,
                     kv_memory=None if kv_memory is None else parse_size(kv_memory),
                     max_model_len=max_model_len,
@@ -260,6 +263,7 @@ def bench(
     model_shape: DummyShape = None,
     dtype: Dtype = "auto",
     quantization: Quantization = None,
+    device: Device = "auto",
     threads: Threads = None,
     calibrate: Annotated[
         bool,
@@ -273,7 +277,7 @@ def bench(
         from batchllm.api import LLM
         from batchllm.bench import CHECKS, Bench
         from batchllm.runner.timed import Clock
-        from batchllm.simulate.saved import save_machine, this_machine
+        from batchllm.simulate.saved import save_machine
 
         if calibrate and quantization is not None:
             raise UsageError("--calibrate measures the model as plan and auto know it: unquantized")
@@ -285,11 +289,12 @@ def bench(
             model_shape=model_shape,
             dtype=dtype,
             quantization=quantization,
+            device=device,
             threads=threads,
         )
         typer.echo(llm.describe(), err=True)
         bench = Bench(llm, clock)
-        machine = this_machine()
+        machine = llm.machine
         if calibrate:
             machine = bench.calibrate(lambda text: typer.echo(text, err=True))
             typer.echo(machine.as_text())

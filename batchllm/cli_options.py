@@ -114,6 +114,12 @@ Sharing = Annotated[
         "--sharing/--no-sharing", help="Compute shared prefixes once.", rich_help_panel=_ENGINE
     ),
 ]
+Device = Annotated[
+    str,
+    typer.Option(
+        help="auto, cpu or cuda; auto is a GPU where torch can use one.", rich_help_panel=_ENGINE
+    ),
+]
 Threads = Annotated[
     int | None,
     typer.Option(
@@ -124,7 +130,7 @@ Threads = Annotated[
 KvMemory = Annotated[
     str | None,
     typer.Option(
-        help="KV cache size, like 4GiB. [default: half of what is free]",
+        help="KV cache size, like 4GiB. [default: half of what is free, on a GPU nearly all]",
         rich_help_panel=_ENGINE,
     ),
 ]
@@ -135,9 +141,15 @@ MaxModelLen = Annotated[
         rich_help_panel=_ENGINE,
     ),
 ]
-MaxNumSeqs = Annotated[int, typer.Option(help="Most rows at once.", rich_help_panel=_ENGINE)]
+MaxNumSeqs = Annotated[
+    int | None,
+    typer.Option(help="Most rows at once. [default: 1024, on a GPU 4096]", rich_help_panel=_ENGINE),
+]
 MaxNumBatchedTokens = Annotated[
-    int, typer.Option(help="Most tokens in a step.", rich_help_panel=_ENGINE)
+    int | None,
+    typer.Option(
+        help="Most tokens in a step. [default: 2048, on a GPU 8192]", rich_help_panel=_ENGINE
+    ),
 ]
 MaxErrors = Annotated[
     str | None,

@@ -9,8 +9,25 @@ from batchllm.errors import UsageError
 
 DTYPES = ("auto", "bfloat16", "float32")
 QUANTIZATIONS = ("int8",)
+DEVICES = ("auto", "cpu", "cuda")
 _SIZE_DIGITS = 20
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepLimits:
+    """Most prompt tokens and most sequences in one step."""
+
+    max_num_batched_tokens: int
+    max_num_seqs: int
+
+
+# Every step of a GPU reads all weights, however few tokens it has, so steps are large there; and
+# what it holds in KV should be what limits the sequences that run.
+_STEP_LIMITS = {
+    "cpu": StepLimits(max_num_batched_tokens=2048, max_num_seqs=1024),
+    "cuda": StepLimits(max_num_batched_tokens=8192, max_num_seqs=4096),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,10 +37,11 @@ class EngineConfig:
     `dtype` and `quantization` say what is rounded to, so they belong to a job's identity; `int8`
     rounds far more coarsely than any dtype. Others, like `sharing` and `threads`, at most change
     the order of a sum; with `deterministic`, which belongs to the identity too, not even that.
-    `kv_memory` is in bytes; None takes a share of the machine's free memory. `threads` is how many
-    compute; None takes one a core that this process may use. `max_num_batched_tokens` bounds one
-    step's prefill work. `max_num_seqs` bounds index arrays, not memory: admission is by projected
-    KV use.
+    `device` is what the model runs on; `auto` is a GPU where torch can use one. `kv_memory` is in
+    bytes; None takes a share of the device's free memory. `threads` is how many compute; None takes
+    one a core that this process may use. `max_num_batched_tokens` bounds one step's prefill work;
+    `max_num_seqs` bounds index arrays, not memory: admission is by projected KV use. None is what
+    suits the device, see `step_limits`.
 
     Raises:
         UsageError: a value is out of range.
@@ -34,13 +52,14 @@ class EngineConfig:
     deterministic: bool = False
     policy: str = "auto"
     sharing: bool = True
+    device: str = "auto"
     attention_backend: str = "auto"
     threads: int | None = None
     kv_memory: int | None = None
     max_model_len: int | None = None
     block_size: int = 16
-    max_num_batched_tokens: int = 2048
-    max_num_seqs: int = 1024
+    max_num_batched_tokens: int | None = None
+    max_num_seqs: int | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -49,9 +68,12 @@ class EngineConfig:
             raise UsageError(
                 f"quantization is {self.quantization!r}; there is: {', '.join(QUANTIZATIONS)}"
             )
+        if self.device not in DEVICES:
+            raise UsageError(f"device is {self.device!r}; choose one of {', '.join(DEVICES)}")
         for name in ("block_size", "max_num_batched_tokens", "max_num_seqs"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} is {value}; it must be at least 1")
         if self.threads is not None and self.threads < 1:
             raise UsageError(
                 f"threads is {self.threads}; it must be at least 1, or left out to be chosen"
@@ -71,6 +93,14 @@ class EngineConfig:
                 hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
                 raise UsageError(f"unknown engine option {name!r}{hint}")
         return cls(**options)
+
+    def step_limits(self, device: str) -> StepLimits:
+        """What bounds a step on `cpu` or `cuda`: as asked, or as suits the device."""
+        suits = _STEP_LIMITS[device]
+        return StepLimits(
+            max_num_batched_tokens=self.max_num_batched_tokens or suits.max_num_batched_tokens,
+            max_num_seqs=self.max_num_seqs or suits.max_num_seqs,
+        )
 
 
 def parse_size(text: str) -> int:

@@ -219,7 +219,7 @@ class _Job:
                     if llm is None:
                         llm = LLM(self.checkpoint, config.engine)
                         progress.note(f"{len(store.finished):,} rows, {llm.describe()}")
-                    llm.run_at_most(1 if phase.alone else config.engine.max_num_seqs)
+                    llm.run_at_most(1 if phase.alone else None)
                     note = partial(in_flight.note, alone=phase.alone)
                     for one in prompted:
                         self._answer_window(llm, one, progress, note)

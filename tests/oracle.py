@@ -7,6 +7,8 @@ import torch.nn.functional as F
 
 from batchllm.runner.dtype import has_fast_bfloat16
 
+FLOAT32_ROUNDING = 1e-3
+
 
 @cache
 def load_gguf_model(path, dtype=torch.float32):
@@ -34,3 +36,39 @@ def _widened(linear):
     weight = linear.weight.detach().float()
     assert linear.bias is None
     return lambda x: F.linear(x.float(), weight).to(x.dtype)
+
+
+def check_greedy(oracle, truth, eos, prompt, answer, num_tokens):
+    """Each token is the oracle's likeliest after those before it, or rounding alone decided.
+
+    That is where the oracle's logits of the two tokens are no further apart than twice (one error a
+    token) the most that rounding moved any of its own logits at that very place. The answer ends
+    where the oracle ends it. Returns how many tokens are not its likeliest.
+    """
+    assert not set(answer[:-1]) & eos, f"{answer} goes on after its end"
+    assert len(answer) == num_tokens or answer[-1] in eos, f"{answer} ends too early"
+    logits = logits_along(oracle, tuple(prompt), tuple(answer))
+    best = logits.argmax(-1).tolist()
+    different = [
+        i for i, (ours, theirs) in enumerate(zip(answer, best, strict=True)) if ours != theirs
+    ]
+    for at in different:
+        exact = logits_along(truth, tuple(prompt), tuple(answer))[at]
+        rounding = max(2 * float((logits[at] - exact).abs().max()), FLOAT32_ROUNDING)
+        gap = float(logits[at, best[at]] - logits[at, answer[at]])
+        assert gap <= rounding, (
+            f"prompt of {len(prompt)} tokens, output {at}: ours {answer[at]}, theirs {best[at]}, "
+            f"whose logits are {gap:.3f} apart; rounding explains {rounding:.3f}"
+        )
+    return len(different)
+
+
+@cache
+def logits_along(model, prompt, answer):
+    """What Hugging Face would choose each token of an answer by, float32 [len(answer), num_vocab].
+
+    One pass over prompt and answer takes a tenth of generating it; several tests ask for the same.
+    """
+    tokens = torch.tensor([prompt + answer[:-1]])
+    with torch.inference_mode():
+        return model(tokens, logits_to_keep=len(answer)).logits[0].float()

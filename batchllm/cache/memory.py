@@ -9,7 +9,8 @@ from batchllm.cgroup import PROC, cgroup_dirs, read_int, read_text
 from batchllm.errors import UsageError
 
 _SHARE = 0.5  # of what is free once the weights are loaded; the rest is for tables and activations
-_TORCH_SAYS = ("can't allocate memory", "out of memory", "bad_alloc")  # it has no type for it
+# It has no type for it that all of these have.
+_TORCH_SAYS = ("can't allocate memory", "out of memory", "bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED")
 # Beyond `memory.high` a cgroup is not killed but slowed down, until it has given memory back.
 _LIMITS = ("memory.max", "memory.high", "memory.limit_in_bytes")  # the last is version 1
 
@@ -44,8 +45,10 @@ def default_kv_memory(free: int) -> int:
     return int(free * _SHARE)
 
 
-def num_kv_blocks(kv_memory: int | None, block_bytes: int, free: int) -> int:
-    """Blocks of `block_bytes` in `kv_memory` bytes; None takes half of what is `free`.
+def num_kv_blocks(
+    kv_memory: int | None, block_bytes: int, free: int, *, share: float = _SHARE
+) -> int:
+    """Blocks of `block_bytes` in `kv_memory` bytes; None takes a share of what is `free`.
 
     Raises:
         UsageError: not one block fits, or more is asked for than there is.
@@ -53,9 +56,9 @@ def num_kv_blocks(kv_memory: int | None, block_bytes: int, free: int) -> int:
     if kv_memory is not None and kv_memory > free:
         raise UsageError(
             f"kv memory of {kv_memory / 2**20:,.0f} MiB asked, {free / 2**20:,.0f} MiB are free; "
-            "ask for less, or leave --kv-memory out to take half of them"
+            f"ask for less, or leave --kv-memory out to take {share:.0%} of them"
         )
-    budget = default_kv_memory(free) if kv_memory is None else kv_memory
+    budget = int(free * share) if kv_memory is None else kv_memory
     if budget < block_bytes:
         raise UsageError(
             f"kv memory of {budget:,} bytes does not hold one block of {block_bytes:,} bytes; "

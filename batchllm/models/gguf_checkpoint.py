@@ -83,7 +83,8 @@ class GGUFCheckpoint:
         import torch
 
         for name, tensor in self._tensors.items():
-            out = torch.empty(tensor.shape, dtype=dtype or torch.float32)
+            # Piece by piece, so not where torch's default would have it.
+            out = torch.empty(tensor.shape, dtype=dtype or torch.float32, device="cpu")
             flat = out.view(-1)
             order = self._row_order(name)
             rows = self._file.rows(tensor)

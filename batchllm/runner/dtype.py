@@ -4,6 +4,7 @@ from pathlib import Path
 
 from batchllm.config import EngineConfig
 from batchllm.native.kernels import usable_targets
+from batchllm.runner.choose_device import choose_device
 
 CPUINFO = Path("/proc/cpuinfo")
 
@@ -11,10 +12,13 @@ CPUINFO = Path("/proc/cpuinfo")
 def choose_dtype(config: EngineConfig, stored: str) -> str:
     """`bfloat16` or `float32`; `auto` is bfloat16 where that is stored and no slower.
 
-    The compiled kernels are fast in it on more processors than torch is.
+    The compiled kernels are fast in it on more processors than torch is. On a GPU it is always
+    bfloat16: attention kernels there know nothing wider.
     """
     if config.dtype != "auto":
         return config.dtype
+    if choose_device(config.device) == "cuda":
+        return "bfloat16"
     if stored == "float32":
         return "float32"
     compiled = config.attention_backend in ("auto", "native") and has_kernels()

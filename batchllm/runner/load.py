@@ -1,7 +1,5 @@
 """From an opened checkpoint to a runner and its block pool."""
 
-from dataclasses import dataclass
-
 import torch
 
 from batchllm.attention.backend import AttentionBackend, make_backend, why_not_native
@@ -11,41 +9,21 @@ from batchllm.config import EngineConfig
 from batchllm.errors import UsageError
 from batchllm.models.checkpoint import Checkpoint
 from batchllm.models.config import ModelConfig
-from batchllm.models.dummy_checkpoint import DummyCheckpoint
 from batchllm.models.fake_checkpoint import FAKE_MODEL, FakeCheckpoint
 from batchllm.models.native_operations import NativeOperations
 from batchllm.models.operations import Operations, TorchOperations
-from batchllm.models.registry import make_model
-from batchllm.request import TokenIds
+from batchllm.runner.choose_device import choose_device
 from batchllm.runner.dtype import choose_dtype
 from batchllm.runner.hash_runner import HashRunner
 from batchllm.runner.kv_cache import KVCache, kv_bytes_per_token
-from batchllm.runner.smooth import smooth, smoothing_text
+from batchllm.runner.load_device import load_on_gpu
+from batchllm.runner.load_model import load_model
+from batchllm.runner.loaded import LoadedRunner, usable_blocks
 from batchllm.runner.threads import Threads, available_cpus, choose_threads
 from batchllm.runner.timed import Clock, TimedBackend, TimedOperations
 from batchllm.runner.torch_runner import TorchRunner
 
-_RANDOM_SMOOTHING_TOKENS = 512
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedRunner:
-    """A runner ready for steps, with `num_blocks` of KV; `dtype` is what `auto` came to.
-
-    `wanted_blocks` are more where the system did not give all the memory that was to be KV.
-
-    Segments of KV must begin at multiples of `granularity`. `attention` names the backend; `slower`
-    says why it is not the compiled one, where that was not the user's choice.
-    """
-
-    runner: TorchRunner | HashRunner
-    num_blocks: int
-    wanted_blocks: int
-    dtype: str
-    threads: Threads
-    attention: str
-    slower: str | None
-    granularity: int = 1
+_CPU = torch.device("cpu")
 
 
 def load_runner(
@@ -66,9 +44,20 @@ def load_runner(
         if clock is not None:
             raise UsageError(f"model {FAKE_MODEL!r} has nothing to measure")
         return _load_fake(checkpoint, config, max_model_len, threads)
+    load = {"cpu": _load_on_cpu, "cuda": load_on_gpu}[choose_device(config.device)]
+    return load(checkpoint, config, max_model_len, threads, clock)
+
+
+def _load_on_cpu(
+    checkpoint: Checkpoint,
+    config: EngineConfig,
+    max_model_len: int,
+    threads: Threads,
+    clock: Clock | None,
+) -> LoadedRunner:
     shape = checkpoint.config
     name = choose_dtype(config, shape.dtype)
-    dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
+    dtype = getattr(torch, name)
     backend: AttentionBackend = make_backend(
         config.attention_backend,
         config.block_size,
@@ -83,12 +72,7 @@ def load_runner(
         operations = NativeOperations(backend.kernels, deterministic=config.deterministic)
     if clock is not None:
         backend, operations = TimedBackend(backend, clock), TimedOperations(operations, clock)
-    model = make_model(shape, dtype, operations)
-    model.load(checkpoint.weights(dtype))
-    if config.quantization is not None:
-        tokens = _smoothing_tokens(checkpoint)
-        smooth(model, backend, tokens[:max_model_len], config.block_size)
-    model.pack(config.quantization)
+    model = load_model(checkpoint, config, max_model_len, backend, operations, dtype, _CPU)
     num_blocks = _num_blocks(shape, config, max_model_len, dtype)
     cache = KVCache(
         num_layers=shape.num_layers,
@@ -111,13 +95,6 @@ def load_runner(
     )
 
 
-def _smoothing_tokens(checkpoint: Checkpoint) -> TokenIds:
-    if isinstance(checkpoint, DummyCheckpoint):  # no text means anything to it
-        return checkpoint.random_token_ids(_RANDOM_SMOOTHING_TOKENS)
-    tokenizer = checkpoint.tokenizer()
-    return tokenizer.encode_batch([smoothing_text()], add_special_tokens=True).values
-
-
 def _num_blocks(
     shape: ModelConfig, config: EngineConfig, max_model_len: int, dtype: torch.dtype
 ) -> int:
@@ -125,9 +102,7 @@ def _num_blocks(
         shape.num_layers, shape.num_kv_heads, shape.head_dim, dtype
     )
     num_blocks = num_kv_blocks(config.kv_memory, block_bytes, free_memory())
-    # More than every sequence at its longest can never be used.
-    most = config.max_num_seqs * -(-max_model_len // config.block_size)
-    return min(num_blocks, most)
+    return min(num_blocks, usable_blocks(config, "cpu", max_model_len))
 
 
 def _load_fake(

@@ -1,4 +1,7 @@
-"""The machine's own rates for a model's matrix products and its memory."""
+"""The machine's own rates for a model's matrix products and its memory.
+
+Measured is torch's default device; `settle` waits until it has done what it was given.
+"""
 
 import time
 from collections.abc import Callable
@@ -8,13 +11,17 @@ import torch
 from batchllm.models.linear import Linear, Pack
 from batchllm.simulate.shape import ModelShape
 
+Settle = Callable[[], None]
+
 _ROWS = (1, 4, 16, 32, 64, 128, 256, 512, 1024, 2048)
 _SECONDS = 0.15  # for one measurement
 _READ_BYTES = 1 << 29  # far more than caches hold
 
 
 @torch.inference_mode()
-def gemm_rates(shape: ModelShape, dtype: str, pack: Pack) -> tuple[tuple[int, float], ...]:
+def gemm_rates(
+    shape: ModelShape, dtype: str, pack: Pack, settle: Settle
+) -> tuple[tuple[int, float], ...]:
     """FLOP/s of the body's products by rows, as `Machine.gemm_rates` has them.
 
     The weights of several layers are taken in turn, so that, as in a step, they come from memory.
@@ -41,7 +48,7 @@ def gemm_rates(shape: ModelShape, dtype: str, pack: Pack) -> tuple[tuple[int, fl
                 for (inputs, _), linear in zip(sizes, weights, strict=True):
                     linear(given[inputs])
 
-        rates.append((rows, rows * flops / _least_seconds(run)))
+        rates.append((rows, rows * flops / _least_seconds(run, settle)))
     return tuple(rates)
 
 
@@ -54,19 +61,21 @@ def _random_linear(inputs: int, outputs: int, dtype: torch.dtype, pack: Pack) ->
 
 
 @torch.inference_mode()
-def read_bandwidth() -> float:
+def read_bandwidth(settle: Settle) -> float:
     """Bytes/s of reading memory."""
     values = torch.ones(_READ_BYTES // 4)
-    return _READ_BYTES / _least_seconds(lambda: values.sum())
+    return _READ_BYTES / _least_seconds(lambda: values.sum(), settle)
 
 
-def _least_seconds(call: Callable[[], object]) -> float:
+def _least_seconds(call: Callable[[], object], settle: Settle) -> float:
     """The least time of a call: anything else that runs can only slow one down."""
     call()
+    settle()
     least, tries, until = float("inf"), 0, time.perf_counter() + _SECONDS
     while tries < 3 or time.perf_counter() < until:
         started = time.perf_counter()
         call()
+        settle()
         least = min(least, time.perf_counter() - started)
         tries += 1
     return least

@@ -8,9 +8,12 @@ import torch
 from batchllm.attention.backend import AttentionBackend
 from batchllm.models.registry import Model
 from batchllm.request import TokenIds
-from batchllm.runner.kv_cache import KVCache
+from batchllm.runner.kv_cache import KVCache, memory_of
 from batchllm.runner.model_input import AttentionItems, ModelInput
+from batchllm.runner.staging import put_now
 from batchllm.scheduler.batch import Samples
+
+_CPU = torch.device("cpu")
 
 
 def smoothing_text() -> str:
@@ -27,8 +30,12 @@ def smooth(
     backend: AttentionBackend,
     tokens: TokenIds,
     block_size: int,
+    device: torch.device = _CPU,
 ) -> None:
-    """Run a prompt, int32 [num_tokens], through the model, and smooth by what that shows."""
+    """Run a prompt, int32 [num_tokens], through the model, and smooth by what that shows.
+
+    The device is the model's, and torch's default where it is not the CPU.
+    """
     num_blocks = -(-len(tokens) // block_size)
     shape = model.config
     cache = KVCache(
@@ -38,11 +45,12 @@ def smooth(
         num_kv_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,
         dtype=model.dtype,
+        allocate=memory_of(device),
     )
-    step = _one_prompt(tokens, num_blocks)
-    plan = backend.plan(step, model.rotary(torch.from_numpy(step.positions)))
+    step, put = _one_prompt(tokens, num_blocks), put_now(device)
+    plan = backend.plan(step, model.rotary(put(step.positions)), put)
     model.smooth(
-        torch.from_numpy(tokens),
+        put(tokens),
         lambda layer, qkv: plan.run(qkv, cache.keys[layer], cache.values[layer]),
     )
 

@@ -124,6 +124,12 @@ MACHINES: dict[str, Machine] = {
 }
 
 
+def gpu_machine(name: str) -> Machine:
+    """What a GPU can do that its driver calls `name`, or a like one if it is not known."""
+    known = next((m for m in ("h200", "h100", "a100") if m in name.lower()), "a100")
+    return MACHINES[known]
+
+
 def get_machine(name: str) -> Machine:
     """Look a built-in machine up.
 

@@ -5,25 +5,32 @@ import json
 from pathlib import Path
 
 from batchllm.models.registered import default_cache_dir
-from batchllm.simulate.machine import MACHINES, Machine
-
-_NAME = "machine.json"
+from batchllm.simulate.machine import MACHINES, Machine, gpu_machine
 
 
-def this_machine(cache_dir: Path | None = None) -> Machine:
-    """What `batchllm bench --calibrate` found here, or else the built-in CPU."""
-    path = (cache_dir or default_cache_dir()) / _NAME
+def this_machine(cache_dir: Path | None = None, *, gpu: str | None = None) -> Machine:
+    """What `batchllm bench --calibrate` found here, or else the built-in CPU or GPU.
+
+    `gpu` is what its driver calls it, where a model runs on one.
+    """
+    built_in = MACHINES["cpu"] if gpu is None else gpu_machine(gpu)
+    path = _path(cache_dir, built_in.name)
     try:
         fields = json.loads(path.read_text())
         fields["gemm_rates"] = tuple((int(n), float(r)) for n, r in fields["gemm_rates"])
         return Machine(**fields)
     except (OSError, ValueError, TypeError, KeyError):
-        return MACHINES["cpu"]  # none was saved, or by another version
+        return built_in  # none was saved, or by another version
 
 
 def save_machine(machine: Machine, cache_dir: Path | None = None) -> Path:
     """Keep a machine's figures; returns where."""
-    path = (cache_dir or default_cache_dir()) / _NAME
+    path = _path(cache_dir, machine.name)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(dataclasses.asdict(machine), indent=1) + "\n")
     return path
+
+
+def _path(cache_dir: Path | None, name: str) -> Path:
+    file = "machine.json" if name == "cpu" else f"machine-{name}.json"
+    return (cache_dir or default_cache_dir()) / file

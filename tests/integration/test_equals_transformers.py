@@ -7,14 +7,13 @@ Text is this repository's own documentation and licence plus the example table's
 of 5 to 1,500 tokens, many of them sharing beginnings.
 """
 
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from oracle import load_gguf_model
+from oracle import check_greedy, load_gguf_model, logits_along
 
 from batchllm import LLM, SamplingParams
 from batchllm.models.locate import resolve
@@ -27,7 +26,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 ROOT = Path(__file__).parents[2]
 NUM_NEW_TOKENS = 12
-FLOAT32_ROUNDING = 1e-3
 
 
 @pytest.fixture(scope="module", params=["bfloat16", "float32"])
@@ -93,31 +91,6 @@ def answers(llm, prompts):
     return [output.output_token_ids.tolist() for output in outputs]
 
 
-def check_greedy(oracle, truth, eos, prompt, answer):
-    """Each token is the oracle's likeliest after those before it, or rounding alone decided.
-
-    That is where the oracle's logits of the two tokens are no further apart than twice (one error a
-    token) the most that rounding moved any of its own logits at that very place. The answer ends
-    where the oracle ends it. Returns how many tokens are not its likeliest.
-    """
-    assert not set(answer[:-1]) & eos, f"{answer} goes on after its end"
-    assert len(answer) == NUM_NEW_TOKENS or answer[-1] in eos, f"{answer} ends too early"
-    logits = logits_along(oracle, tuple(prompt), tuple(answer))
-    best = logits.argmax(-1).tolist()
-    different = [
-        i for i, (ours, theirs) in enumerate(zip(answer, best, strict=True)) if ours != theirs
-    ]
-    for at in different:
-        exact = logits_along(truth, tuple(prompt), tuple(answer))[at]
-        rounding = max(2 * float((logits[at] - exact).abs().max()), FLOAT32_ROUNDING)
-        gap = float(logits[at, best[at]] - logits[at, answer[at]])
-        assert gap <= rounding, (
-            f"prompt of {len(prompt)} tokens, output {at}: ours {answer[at]}, theirs {best[at]}, "
-            f"whose logits are {gap:.3f} apart; rounding explains {rounding:.3f}"
-        )
-    return len(different)
-
-
 @pytest.mark.parametrize(
     ("options", "expects"),
     [
@@ -144,7 +117,9 @@ def test_greedy_answers_equal(llm, oracle, truth, prompts, dtype, options, expec
     eos = set(llm.tokenizer.eos_token_ids)
     different = 0
     for prompt, output in zip(prompts, outputs, strict=True):
-        different += check_greedy(oracle, truth, eos, prompt, output.output_token_ids.tolist())
+        different += check_greedy(
+            oracle, truth, eos, prompt, output.output_token_ids.tolist(), NUM_NEW_TOKENS
+        )
     print(f"{dtype}, {expects}: {different} tokens differ, all within rounding")
     assert different == 0 or dtype == "bfloat16"
 
@@ -190,17 +165,6 @@ def first_logits(model, prompts, answers):
     """Those that each answer's first token is chosen by, float32 [num_vocab] each."""
     pairs = zip(prompts, answers, strict=True)
     return [logits_along(model, tuple(prompt), tuple(answer))[0] for prompt, answer in pairs]
-
-
-@cache
-def logits_along(model, prompt, answer):
-    """What Hugging Face would choose each token of an answer by, float32 [len(answer), num_vocab].
-
-    One pass over prompt and answer takes a tenth of generating it; several tests ask for the same.
-    """
-    tokens = torch.tensor([prompt + answer[:-1]])
-    with torch.inference_mode():
-        return model(tokens, logits_to_keep=len(answer)).logits[0].float()
 
 
 def relative_errors(got, want):

@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 
 from batchllm.config import EngineConfig, parse_size
@@ -5,6 +7,7 @@ from batchllm.errors import UsageError
 from batchllm.metrics import Metrics
 from batchllm.native.kernels import usable_targets
 from batchllm.request import SamplingParams
+from batchllm.runner import choose_device
 from batchllm.runner.dtype import choose_dtype, has_fast_bfloat16, has_kernels
 
 
@@ -47,7 +50,7 @@ def test_sampling_params_out_of_range(values):
     "values",
     [
         *({"dtype": "float64"}, {"block_size": 0}, {"kv_memory": 0}, {"max_model_len": -1}),
-        {"threads": 0},
+        *({"threads": 0}, {"device": "tpu"}, {"max_num_seqs": 0}),
     ],
 )
 def test_engine_config_out_of_range(values):
@@ -55,8 +58,16 @@ def test_engine_config_out_of_range(values):
         EngineConfig(**values)
 
 
+def test_a_step_is_as_large_as_suits_the_device_unless_told():
+    small, large = (EngineConfig().step_limits(device) for device in ("cpu", "cuda"))
+    assert small.max_num_batched_tokens < large.max_num_batched_tokens
+    assert small.max_num_seqs < large.max_num_seqs
+    told = EngineConfig(max_num_seqs=3, max_num_batched_tokens=5).step_limits("cuda")
+    assert (told.max_num_seqs, told.max_num_batched_tokens) == (3, 5)
+
+
 def chosen(stored, **options):
-    return choose_dtype(EngineConfig(**options), stored)
+    return choose_dtype(EngineConfig(device="cpu", **options), stored)
 
 
 def test_auto_dtype_follows_weights_processor_and_kernels(monkeypatch):
@@ -71,6 +82,31 @@ def test_auto_dtype_follows_weights_processor_and_kernels(monkeypatch):
     assert chosen("bfloat16", attention_backend="torch") == "bfloat16"
     assert chosen("float32") == "float32"
     assert chosen("float32", dtype="bfloat16") == "bfloat16"
+
+
+def test_a_gpu_computes_in_bfloat16(monkeypatch):
+    monkeypatch.setattr("batchllm.runner.dtype.choose_device", lambda asked: "cuda")
+    assert chosen("float32") == "bfloat16"
+    assert chosen("float32", dtype="float32") == "float32"
+
+
+@pytest.mark.parametrize("torch_has", [False, True])
+def test_auto_is_a_gpu_where_torch_can_use_one(tmp_path, monkeypatch, torch_has):
+    asked = []
+    monkeypatch.setattr(
+        choose_device, "_torch_has_cuda", lambda: bool(asked.append(1)) or torch_has
+    )
+    driver = tmp_path / "driver"
+    choose = partial(choose_device.choose_device, signs=(driver,))
+    assert choose("auto") == choose("cpu") == "cpu"
+    assert not asked, "torch was imported for nothing"
+    driver.touch()
+    assert (choose("auto"), choose("cpu")) == ("cuda" if torch_has else "cpu", "cpu")
+    if torch_has:
+        assert choose("cuda") == "cuda"
+    else:
+        with pytest.raises(UsageError, match="torch can use no GPU"):
+            choose("cuda")
 
 
 def test_processors_that_are_fast_in_bfloat16(tmp_path):

@@ -56,6 +56,7 @@ NO_TORCH = (
     "batchllm.cache.block_pool",
     "batchllm.runner.fake_runner",
     "batchllm.attention.cuda_plan",
+    "batchllm.runner.choose_device",
     "batchllm.runner.dtype",
     "batchllm.runner.threads",
     "batchllm.cache.memory",

@@ -259,6 +259,11 @@ def test_a_calibrated_machine_is_kept(tmp_path):
     assert this_machine(tmp_path) == machine
     path.write_text('{"name": "cpu", "of another version": 1}')
     assert this_machine(tmp_path) == MACHINES["cpu"]
+    assert this_machine(tmp_path, gpu="NVIDIA H200") == MACHINES["h200"]
+    save_machine(replace(MACHINES["h200"], kv_bandwidth=7.0), tmp_path)
+    assert this_machine(tmp_path, gpu="NVIDIA H200").kv_bandwidth == 7.0
+    assert this_machine(tmp_path, gpu="NVIDIA H100 80GB HBM3") == MACHINES["h100"]
+    assert this_machine(tmp_path) == MACHINES["cpu"]
 
 
 def test_a_large_window_is_judged_by_runs_of_neighbours():

@@ -1,0 +1,129 @@
+"""From an opened checkpoint to a runner on a GPU, its KV pool sized by trying the fullest steps."""
+
+from functools import partial
+
+import torch
+
+from batchllm.attention.backend import AttentionBackend, GraphBackend, make_backend
+from batchllm.cache.memory import num_kv_blocks, ran_out_of_memory
+from batchllm.config import EngineConfig
+from batchllm.errors import UsageError
+from batchllm.models.checkpoint import Checkpoint
+from batchllm.models.device_operations import DeviceOperations
+from batchllm.models.operations import Operations
+from batchllm.runner.device import CudaDevice, Device
+from batchllm.runner.device_runner import DeviceRunner
+from batchllm.runner.dtype import choose_dtype
+from batchllm.runner.fullest_steps import FullestSteps
+from batchllm.runner.graphs import CudaGraphs, Recorder
+from batchllm.runner.kv_cache import KVCache, kv_bytes_per_token, memory_of
+from batchllm.runner.load_model import load_model
+from batchllm.runner.loaded import LoadedRunner, usable_blocks
+from batchllm.runner.threads import Threads
+from batchllm.runner.timed import Clock, TimedBackend, TimedOperations
+
+_KV_SHARE = 0.95  # of what the fullest steps leave; the rest is for gaps between what is in use
+_GRAPHS_BYTES = 512 << 20  # the driver's, for the recordings of all sizes
+
+
+def load_on_gpu(
+    checkpoint: Checkpoint,
+    config: EngineConfig,
+    max_model_len: int,
+    threads: Threads,
+    clock: Clock | None,
+) -> LoadedRunner:
+    """Load onto the current GPU, and record decode steps unless parts are timed."""
+    device, recorder = CudaDevice(), CudaGraphs() if clock is None else None
+    try:
+        return load_on_device(checkpoint, config, max_model_len, threads, clock, device, recorder)
+    except RuntimeError as error:
+        if not ran_out_of_memory(error):
+            raise
+        raise UsageError(
+            f"the model and its fullest steps do not fit the memory of {device}; free some, or "
+            "make steps smaller with --max-num-batched-tokens and --max-num-seqs"
+        ) from error
+
+
+def load_on_device(
+    checkpoint: Checkpoint,
+    config: EngineConfig,
+    max_model_len: int,
+    threads: Threads,
+    clock: Clock | None,
+    device: Device,
+    recorder: Recorder | None,
+) -> LoadedRunner:
+    """Load the weights, run the fullest steps, and make KV of the memory that is left."""
+    shape, home = checkpoint.config, device.torch_device
+    kind = home.type
+    limits = config.step_limits(kind)
+    name = choose_dtype(config, shape.dtype)
+    dtype = getattr(torch, name)
+    backend: AttentionBackend = make_backend(
+        config.attention_backend,
+        config.block_size,
+        shape.head_dim,
+        deterministic=config.deterministic,
+        device=kind,
+    )
+    operations: Operations = DeviceOperations()
+    if clock is not None:
+        clock.settle = device.synchronize
+        backend, operations = TimedBackend(backend, clock), TimedOperations(operations, clock)
+    model = load_model(checkpoint, config, max_model_len, backend, operations, dtype, home)
+    steps = FullestSteps.of(limits, max_model_len, config.block_size)
+    cache = KVCache(
+        num_layers=shape.num_layers,
+        num_blocks=steps.num_blocks + 1,
+        block_size=config.block_size,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        dtype=dtype,
+        allocate=memory_of(home),
+    )
+    runner = DeviceRunner(
+        model,
+        cache,
+        backend,
+        operations,
+        device,
+        block_size=config.block_size,
+        max_num_seqs=limits.max_num_seqs,
+        recorder=recorder,
+    )
+    needed = _bytes_for_steps(runner, steps, device, is_recorded=isinstance(backend, GraphBackend))
+    block_bytes = config.block_size * kv_bytes_per_token(
+        shape.num_layers, shape.num_kv_heads, shape.head_dim, dtype
+    )
+    runner.resize(0)  # what they were tried with is room for KV, too
+    free = device.free_memory() - needed - block_bytes
+    wanted = min(
+        num_kv_blocks(config.kv_memory, block_bytes, free, share=_KV_SHARE),
+        usable_blocks(config, kind, max_model_len),
+    )
+    runner.resize(wanted)
+    return LoadedRunner(
+        runner,
+        runner.num_blocks,
+        wanted,
+        name,
+        threads,
+        backend.name,
+        None,
+        backend.granularity,
+        kind,
+        str(device),
+    )
+
+
+def _bytes_for_steps(
+    runner: DeviceRunner, steps: FullestSteps, device: Device, *, is_recorded: bool
+) -> int:
+    """What steps take beyond weights and KV: the fullest, and beside it what recordings keep."""
+    each = [
+        device.peak_memory(partial(runner.execute, step))
+        for step in (steps.prompts, steps.sampling, steps.decodes)
+    ]
+    return max(each) + (each[-1] + _GRAPHS_BYTES if is_recorded else 0)

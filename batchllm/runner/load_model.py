@@ -1,0 +1,41 @@
+"""From an opened checkpoint to a model on a device, its weights packed for products."""
+
+import torch
+
+from batchllm.attention.backend import AttentionBackend
+from batchllm.config import EngineConfig
+from batchllm.models.checkpoint import Checkpoint
+from batchllm.models.dummy_checkpoint import DummyCheckpoint
+from batchllm.models.operations import Operations
+from batchllm.models.registry import Model, make_model
+from batchllm.request import TokenIds
+from batchllm.runner.smooth import smooth, smoothing_text
+
+_RANDOM_SMOOTHING_TOKENS = 512
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    config: EngineConfig,
+    max_model_len: int,
+    backend: AttentionBackend,
+    operations: Operations,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Model:
+    """Load the weights, one tensor at a time; round them if the config says so, and pack them."""
+    with device:  # where new tensors go
+        model = make_model(checkpoint.config, dtype, operations)
+        model.load(checkpoint.weights(dtype))
+        if config.quantization is not None:
+            tokens = _smoothing_tokens(checkpoint)
+            smooth(model, backend, tokens[:max_model_len], config.block_size, device)
+        model.pack(config.quantization)
+    return model
+
+
+def _smoothing_tokens(checkpoint: Checkpoint) -> TokenIds:
+    if isinstance(checkpoint, DummyCheckpoint):  # no text means anything to it
+        return checkpoint.random_token_ids(_RANDOM_SMOOTHING_TOKENS)
+    tokenizer = checkpoint.tokenizer()
+    return tokenizer.encode_batch([smoothing_text()], add_special_tokens=True).values

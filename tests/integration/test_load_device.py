@@ -1,0 +1,149 @@
+"""Loading onto a GPU, with the CPU in its place: limits, memory, and answers end to end."""
+
+import pytest
+import torch
+from builders import tiny_config, write_safetensors_model
+
+from batchllm import LLM, SamplingParams
+from batchllm.config import EngineConfig, StepLimits
+from batchllm.errors import UsageError
+from batchllm.models.device_operations import DeviceOperations
+from batchllm.models.operations import TorchOperations
+from batchllm.runner import load
+from batchllm.runner.device import CpuDevice
+from batchllm.runner.device_runner import DeviceRunner
+from batchllm.runner.fullest_steps import FullestSteps
+from batchllm.runner.load_device import load_on_device
+from batchllm.runner.model_input import build_model_input
+from batchllm.runner.timed import Clock
+
+PROMPTS = [f"the same beginning, number {i % 7} {'x' * (i % 5)}" for i in range(20)]
+PARAMS = [SamplingParams(max_tokens=8, temperature=0.9 * (i % 2), top_k=i % 3) for i in range(20)]
+OPTIONS = {
+    "attention_backend": "reference",
+    "max_num_batched_tokens": 40,
+    "max_num_seqs": 12,
+    "dtype": "float32",
+    "block_size": 4,
+}
+
+
+class CountingDevice(CpuDevice):
+    """A device with 3 MB, of which the largest step takes 1."""
+
+    def free_memory(self):
+        return 3_000_000
+
+    def peak_memory(self, call):
+        call()
+        return 1_000_000
+
+
+@pytest.fixture
+def on_device(monkeypatch):
+    """Let what would be loaded on the CPU be loaded as on a GPU."""
+
+    def as_on_a_gpu(checkpoint, config, max_model_len, threads, clock):
+        device = CountingDevice()
+        return load_on_device(checkpoint, config, max_model_len, threads, clock, device, None)
+
+    monkeypatch.setattr(load, "_load_on_cpu", as_on_a_gpu)
+
+
+def test_answers_and_memory(on_device, tiny_model, monkeypatch):
+    llm = LLM(tiny_model, **OPTIONS)
+    assert isinstance(llm.runner, DeviceRunner)
+    block_bytes = 4 * 2 * 2 * 2 * 16 * 4
+    # All that the fullest step leaves, but one block for rows that fill up, and a margin.
+    assert llm.num_kv_blocks == int((3_000_000 - 1_000_000 - block_bytes) * 0.95) // block_bytes
+    assert llm.runner.num_blocks == llm.num_kv_blocks
+    assert "attention reference" in llm.describe() and "CPU," in llm.describe()
+    got = [o.text for o in llm.generate(PROMPTS, PARAMS)]
+    monkeypatch.undo()
+    expected = LLM(tiny_model, **OPTIONS | {"kv_memory": 1 << 20}).generate(PROMPTS, PARAMS)
+    assert got == [o.text for o in expected]
+
+
+def test_lack_of_memory_is_lived_with(on_device, tiny_model, monkeypatch):
+    llm = LLM(tiny_model, kv_memory=1 << 20, **OPTIONS)
+    expected = [o.text for o in llm.generate(PROMPTS, PARAMS)]
+    blocks, submit, steps = llm.num_kv_blocks, llm.runner.submit, iter(range(10_000))
+
+    def perhaps(batch):
+        if next(steps) == 5:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return submit(batch)
+
+    monkeypatch.setattr(llm.runner, "submit", perhaps)
+    assert [o.text for o in llm.generate(PROMPTS, PARAMS)] == expected
+    assert (llm.num_kv_blocks, llm.metrics.pool_shrinks) == (blocks // 2, 1)
+
+
+def test_more_kv_than_there_is_room_for_is_refused(on_device, tiny_model):
+    with pytest.raises(UsageError, match="leave --kv-memory out to take 95% of them"):
+        LLM(tiny_model, kv_memory=2_500_000, **OPTIONS)
+
+
+def test_a_clock_waits_for_the_device(on_device, tiny_model, monkeypatch):
+    waits = []
+    monkeypatch.setattr(CountingDevice, "synchronize", lambda self: waits.append(1))
+    clock = Clock()
+    llm = LLM(tiny_model, clock=clock, kv_memory=1 << 20, **OPTIONS)
+    waits.clear()
+    llm.generate(PROMPTS[:1], SamplingParams(max_tokens=1))
+    assert len(waits) > 10 and clock.seconds["attention"] > 0
+
+
+@pytest.mark.parametrize("max_model_len", [30, 1000])
+def test_the_fullest_steps_are_within_their_limits(max_model_len):
+    limits = StepLimits(max_num_batched_tokens=100, max_num_seqs=24)
+    steps = FullestSteps.of(limits, max_model_len, 16)
+    for step, samples in ((steps.prompts, -(-100 // max_model_len)), (steps.sampling, 24)):
+        assert (step.num_tokens, len(step.samples)) == (100, samples)
+        assert step.chunks.count.max() <= max_model_len
+    assert (steps.decodes.num_tokens, len(steps.decodes.samples)) == (24, 24)
+    for step in (steps.prompts, steps.sampling, steps.decodes):
+        slots = build_model_input(step, 16).slots
+        assert len(set(slots.tolist())) == step.num_tokens
+        assert slots.max() < 16 * steps.num_blocks
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17, 40])
+@pytest.mark.parametrize("bias", [False, True])
+def test_int8_products_are_those_of_the_cpu_whatever_the_sizes(rows, bias):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(13, 21, generator=generator)
+    added = torch.randn(13, generator=generator) if bias else None
+    x = torch.randn(rows, 21, generator=generator)
+    expected = TorchOperations().pack_int8(weight, added)(x)
+    torch.testing.assert_close(DeviceOperations().pack_int8(weight, added)(x), expected)
+
+
+def test_int8_products_keep_to_what_a_gpu_takes(monkeypatch):
+    multiply, sizes = torch._int_mm, []
+
+    def strict(a, b):
+        sizes.append((a.shape, b.shape))
+        assert a.shape[0] > 16 and a.shape[1] % 8 == 0 and b.shape[1] % 8 == 0
+        assert b.T.is_contiguous()  # rows of the weight one behind the other
+        return multiply(a, b)
+
+    monkeypatch.setattr(torch, "_int_mm", strict)
+    product = DeviceOperations().pack_int8(torch.randn(13, 21), None)
+    for rows in (1, 16, 17, 40):
+        assert product(torch.randn(rows, 21)).shape == (rows, 13)
+    assert len(sizes) == 4
+
+
+def test_a_step_that_never_fits_says_what_to_do(tmp_path, monkeypatch):
+    model = write_safetensors_model(tmp_path / "model", config=tiny_config())
+
+    def never(*args):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("batchllm.runner.load.choose_device", lambda asked: "cuda")
+    monkeypatch.setattr("batchllm.runner.load_device.CudaDevice", CpuDevice)
+    monkeypatch.setattr("batchllm.runner.load_device.CudaGraphs", lambda: None)
+    monkeypatch.setattr("batchllm.runner.load_device.load_model", never)
+    with pytest.raises(UsageError, match="--max-num-batched-tokens"):
+        LLM(model, config=EngineConfig(attention_backend="reference"))
