@@ -163,21 +163,19 @@ class DenseBackend:
         self.plan = self._reference.plan
         self.updates = 0
 
-    def graph_plan(self, num_tokens, rotation, reserve):
-        return DensePlan(self, num_tokens, rotation, reserve)
+    def graph_plan(self, max_num_tokens, rotation, reserve):
+        return DensePlan(self, max_num_tokens, rotation, reserve)
 
 
 class DensePlan:
-    def __init__(self, backend, num_tokens, rotation, reserve):
+    def __init__(self, backend, most, rotation, reserve):
         self._backend, self._width, self._rotation = backend, backend.width, rotation
-        self._slots = reserve(num_tokens, np.int64)
-        self._seen = reserve(num_tokens * self._width, np.int64)
-        self._counts = reserve(num_tokens, np.int32)
-        self._num_tokens = num_tokens
+        self._slots = reserve(most, np.int64)
+        self._counts = reserve(most, np.int32)
+        self._seen = reserve(most * self._width, np.int64)
 
     def update(self, step):
-        assert len(step.token_ids) == self._num_tokens
-        seen = [[] for _ in range(self._num_tokens)]
+        seen = [[] for _ in step.token_ids]
         items = step.items
         for item in range(len(items)):
             assert not items.own[item] or items.query_end[item] - items.query_begin[item] == 1
@@ -193,13 +191,14 @@ class DensePlan:
         return True
 
     def run(self, qkv, keys, values):
-        query, _, _ = rotate_and_write(self._rotation, self._slots.tensor, qkv, keys, values)
+        count, slots = len(qkv), self._slots.tensor[: len(qkv)]
+        query, _, _ = rotate_and_write(self._rotation.first(count), slots, qkv, keys, values)
         num_kv_heads, head_dim = keys.shape[2:]
-        seen = self._seen.tensor.view(self._num_tokens, self._width)
+        seen = self._seen.tensor.view(-1, self._width)[:count]
         k, v = (cache.flatten(0, 1)[seen].double() for cache in (keys, values))
-        q = query.double().view(self._num_tokens, num_kv_heads, -1, head_dim)
+        q = query.double().view(count, num_kv_heads, -1, head_dim)
         scores = torch.einsum("nhgd,nlhd->nhgl", q, k) / head_dim**0.5
-        hidden = torch.arange(self._width, device=seen.device) >= self._counts.tensor[:, None]
+        hidden = torch.arange(self._width, device=seen.device) >= self._counts.tensor[:count, None]
         weights = scores.masked_fill(hidden[:, None, None], -torch.inf).softmax(-1)
         return torch.einsum("nhgl,nlhd->nhgd", weights, v).flatten(1).to(qkv.dtype)
 

@@ -55,16 +55,16 @@ class AttentionBackend(Protocol):
 
 
 class GraphPlan(LayerPlan, Protocol):
-    """A plan for many steps of as many one-token chunks each, whose `run` is recorded.
+    """A plan for steps whose chunks are of one token each, and whose `run` is recorded.
 
-    So `run` does the same for each of them, and reads what differs from places that never move.
+    For equally many tokens `run` always does the same, and reads what differs between steps from
+    places that never move.
     """
 
     def update(self, step: ModelInput) -> bool:
         """Fill the places for a step; False where it does not fit, and another way must be taken.
 
-        They reach the device before `run` does. As many tokens as planned for are in the step, all
-        of them chunks of one token.
+        They reach the device before `run` does.
         """
         ...
 
@@ -73,30 +73,45 @@ class GraphPlan(LayerPlan, Protocol):
 class GraphBackend(AttentionBackend, Protocol):
     """A backend that can be recorded."""
 
-    def graph_plan(self, num_tokens: int, rotation: Rotation, reserve: Reserve) -> GraphPlan:
-        """Plan for steps of `num_tokens`; see `GraphPlan`.
+    def graph_plan(self, max_num_tokens: int, rotation: Rotation, reserve: Reserve) -> GraphPlan:
+        """Make the plan for all steps of up to `max_num_tokens` tokens; see `GraphPlan`.
 
-        `rotation` never moves and is filled before each `run`. Of several plans only one is updated
-        and run at a time, so they may share their places.
+        `rotation` is as long, never moves, and its beginning is filled before each `run`.
         """
         ...
 
 
 @dataclass(frozen=True, slots=True)
+class Heads:
+    """A model's heads, or those of them that are computed here."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+    @property
+    def group(self) -> int:
+        """Query heads a kv head."""
+        return self.num_heads // self.num_kv_heads
+
+
+@dataclass(frozen=True, slots=True)
 class _Home:
-    """Where a backend's class is, and which devices it runs on."""
+    """Where a backend's factory is, which devices it runs on, and whether it takes `heads`."""
 
     module: str
-    cls: str
+    factory: str
     devices: tuple[str, ...] = ("cpu",)
+    takes_heads: bool = False
 
 
 _HOMES = {
     "reference": _Home("batchllm.attention.reference", "ReferenceBackend", ("cpu", "cuda")),
     "torch": _Home("batchllm.attention.cascade", "TorchBackend"),
     "native": _Home("batchllm.attention.native", "NativeBackend"),
+    "cuda": _Home("batchllm.attention.cuda", "make_cuda", ("cuda",), takes_heads=True),
 }
-_FASTEST: dict[str, tuple[str, ...]] = {"cpu": ("native", "torch"), "cuda": ()}  # first comes first
+_FASTEST = {"cpu": ("native", "torch"), "cuda": ("cuda",)}  # `auto` takes the first that runs
 
 
 def backend_names() -> list[str]:
@@ -105,7 +120,13 @@ def backend_names() -> list[str]:
 
 
 def make_backend(
-    name: str, block_size: int, head_dim: int, *, deterministic: bool = False, device: str = "cpu"
+    name: str,
+    block_size: int,
+    head_dim: int,
+    *,
+    heads: Heads | None = None,
+    deterministic: bool = False,
+    device: str = "cpu",
 ) -> AttentionBackend:
     """Create a backend by name; `auto` is the fastest that runs on the device with these sizes.
 
@@ -121,17 +142,19 @@ def make_backend(
     if deterministic:
         return _make_deterministic(name, block_size, head_dim, device)
     if name == "auto":
-        return _make_fastest(block_size, head_dim, device)
+        return _make_fastest(block_size, head_dim, heads, device)
     if device not in _HOMES[name].devices:
         raise UsageError(f"attention backend {name!r} does not run on device {device!r}")
-    return _make(name, block_size, head_dim)
+    return _make(name, block_size, head_dim, heads)
 
 
-def _make_fastest(block_size: int, head_dim: int, device: str) -> AttentionBackend:
+def _make_fastest(
+    block_size: int, head_dim: int, heads: Heads | None, device: str
+) -> AttentionBackend:
     reasons = []
     for name in _FASTEST[device]:
         try:
-            return _make(name, block_size, head_dim)
+            return _make(name, block_size, head_dim, heads)
         except UsageError as error:
             reasons.append(f"; {name}: {error}")
     raise UsageError(
@@ -162,7 +185,9 @@ def why_not_native(block_size: int, head_dim: int) -> str | None:
     return None
 
 
-def _make(name: str, block_size: int, head_dim: int) -> AttentionBackend:
+def _make(
+    name: str, block_size: int, head_dim: int, heads: Heads | None = None
+) -> AttentionBackend:
     home = _HOMES[name]
-    factory: Callable[[int, int], AttentionBackend] = getattr(import_module(home.module), home.cls)
-    return factory(block_size, head_dim)
+    factory: Callable[..., AttentionBackend] = getattr(import_module(home.module), home.factory)
+    return factory(block_size, head_dim, **({"heads": heads} if home.takes_heads else {}))

@@ -1,24 +1,25 @@
 """Attention by our own CUDA kernel: all groups, shared and private segments, in one launch."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from batchllm.attention.backend import Heads
 from batchllm.attention.cuda_library import (
     KV_TYPES,
     Array,
     AttentionLayer,
     AttentionStep,
     CudaLibrary,
+    load_cuda_library,
 )
 from batchllm.attention.cuda_plan import UnitCosts, WorkPlan, plan_units
 from batchllm.errors import UsageError
 from batchllm.models.rope import Rotation
 from batchllm.runner.model_input import ModelInput
+from batchllm.runner.staging import Put
 
 HEAD_DIMS = (64, 96, 128)
 _SCALE_BYTES = 4  # of a token's head, where it has a scale
@@ -28,20 +29,6 @@ _MOST_GROUP = 64  # query heads of a kv head: the rows of one unit
 def kv_row_values(head_dim: int, kv_dtype: torch.dtype) -> int:
     """The last size of a cache whose rows have `head_dim` values: what scales take is added."""
     return head_dim + _SCALE_BYTES if kv_dtype == torch.int8 else head_dim
-
-
-@dataclass(frozen=True, slots=True)
-class Heads:
-    """A model's heads, or those of them that are computed here."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-
-    @property
-    def group(self) -> int:
-        """Query heads a kv head."""
-        return self.num_heads // self.num_kv_heads
 
 
 class CudaBackend:
@@ -78,7 +65,7 @@ class CudaBackend:
         self,
         step: ModelInput,
         rotation: Rotation,
-        put: Callable[[NDArray[Any]], torch.Tensor] = torch.from_numpy,
+        put: Put = torch.from_numpy,
     ) -> "CudaPlan":
         """See `AttentionBackend`."""
         work = self.plan_work(step)
@@ -100,6 +87,16 @@ class CudaBackend:
             num_blocks=self.num_blocks,
             costs=self.costs,
         )
+
+
+def make_cuda(block_size: int, head_dim: int, heads: Heads | None) -> CudaBackend:
+    """With the kernels that were compiled with batchllm, for these heads.
+
+    Raises:
+        UsageError: there are none, or no GPU, or they cannot do these sizes.
+    """
+    assert heads is not None and heads.head_dim == head_dim, heads
+    return CudaBackend(block_size, heads, load_cuda_library())
 
 
 def arrays_of(work: WorkPlan, step: ModelInput) -> dict[str, NDArray[Any]]:

@@ -12,6 +12,7 @@ from batchllm.attention.backend import AttentionBackend, LayerPlan
 from batchllm.models.linear import round_to_int8
 from batchllm.models.rope import Rotation
 from batchllm.runner.model_input import ModelInput
+from batchllm.runner.staging import Put
 
 _FLOAT8 = torch.float8_e4m3fn
 
@@ -38,10 +39,12 @@ class RoundedBackend:
         self._backend = backend
         self._kv_dtype = kv_dtype
 
-    def plan(self, step: ModelInput, rotation: Rotation) -> "RoundedPlan":
+    def plan(
+        self, step: ModelInput, rotation: Rotation, put: Put = torch.from_numpy
+    ) -> "RoundedPlan":
         """See `AttentionBackend`."""
         none = Rotation(torch.ones_like(rotation.cos), torch.zeros_like(rotation.sin))
-        return RoundedPlan(self._backend.plan(step, none), rotation, self._kv_dtype)
+        return RoundedPlan(self._backend.plan(step, none, put), rotation, self._kv_dtype)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from batchllm.attention.backend import GraphBackend, GraphPlan
+from batchllm.attention.backend import GraphBackend
 from batchllm.models.registry import Model
 from batchllm.runner.device import Device
 from batchllm.runner.forward import run_layers
@@ -58,7 +58,6 @@ class DecodeGraphs:
     ) -> None:
         self._model = model
         self._cache = cache
-        self._backend = backend
         self._feed = feed
         self._recorder = recorder
         self._sample = sample
@@ -73,7 +72,7 @@ class DecodeGraphs:
         shape = (max_num_rows, model.config.hidden_size)
         self._hidden = torch.empty(shape, dtype=model.dtype, device=device.torch_device)
         self._tokens = torch.empty(max_num_rows, dtype=torch.int32, device=device.torch_device)
-        self._plans: dict[int, GraphPlan] = {}
+        self._plan = backend.graph_plan(max_num_rows, self._rotation, self._inputs.reserve)
         self._replays: dict[tuple[int, Finish], Replay] = {}
         self._runs: Counter[tuple[int, Finish]] = Counter()
 
@@ -113,8 +112,7 @@ class DecodeGraphs:
             return False
         padded = pad_decodes(batch, size, scratch_block=self._cache.num_blocks - 1)
         step = build_model_input(padded, self._block_size)
-        plan = self._plan(size)
-        if not plan.update(step):
+        if not self._plan.update(step):
             return False
         self._token_ids.fill(step.token_ids)
         self._sources.fill(self._feed.sources(padded))
@@ -125,23 +123,17 @@ class DecodeGraphs:
             return True
 
         def step_of_this_size() -> None:
-            self._step(size, plan, finish)
+            self._step(size, finish)
 
         step_of_this_size()  # this batch's, and the run that recording wants before
         self._replays[key] = self._recorder.record(step_of_this_size)
         return True
 
-    def _step(self, size: int, plan: GraphPlan, finish: Finish) -> None:
+    def _step(self, size: int, finish: Finish) -> None:
         """What is recorded: reads and writes nothing that moves."""
         self._model.rotary.fill(self._rotation.first(size), self._positions.tensor[:size])
         token_ids = self._feed.add(self._token_ids.tensor[:size], self._sources.tensor[:size])
-        finish(run_layers(self._model, self._cache, plan, token_ids, self._rows[:size]))
-
-    def _plan(self, size: int) -> GraphPlan:
-        if size not in self._plans:
-            rotation = self._rotation.first(size)
-            self._plans[size] = self._backend.graph_plan(size, rotation, self._inputs.reserve)
-        return self._plans[size]
+        finish(run_layers(self._model, self._cache, self._plan, token_ids, self._rows[:size]))
 
 
 def is_decode_only(batch: Batch) -> bool:

@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 
-from batchllm.attention.backend import AttentionBackend, GraphBackend, make_backend
+from batchllm.attention.backend import AttentionBackend, GraphBackend, Heads, make_backend
 from batchllm.cache.memory import num_kv_blocks, ran_out_of_memory
 from batchllm.config import EngineConfig
 from batchllm.errors import UsageError
@@ -65,6 +65,7 @@ def load_on_device(
         config.attention_backend,
         config.block_size,
         shape.head_dim,
+        heads=Heads(shape.num_heads, shape.num_kv_heads, shape.head_dim),
         deterministic=config.deterministic,
         device=kind,
     )

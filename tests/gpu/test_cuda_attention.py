@@ -7,7 +7,8 @@ from attention_trees import trees
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from batchllm.attention.cuda import CudaBackend, Heads
+from batchllm.attention.backend import Heads
+from batchllm.attention.cuda import CudaBackend
 from batchllm.attention.cuda_library import load_cuda_library
 from batchllm.attention.cuda_plan import UnitCosts
 from batchllm.errors import UsageError

@@ -19,7 +19,7 @@ from device_steps import (
 from oracle import check_greedy, load_gguf_model
 
 from batchllm import LLM, SamplingParams
-from batchllm.attention.backend import make_backend
+from batchllm.attention.backend import Heads, make_backend
 from batchllm.errors import UsageError
 from batchllm.models.device_operations import DeviceOperations
 from batchllm.models.locate import installed
@@ -160,7 +160,7 @@ def available_backends():
     """Attention backends for a GPU that run here with a head_dim of 64."""
     for name in ("auto", "flashinfer", "cuda"):
         try:
-            make_backend(name, 16, 64, device="cuda")
+            make_backend(name, 16, 64, heads=Heads(8, 2, 64), device="cuda")
         except UsageError:
             continue
         yield name

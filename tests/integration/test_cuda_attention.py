@@ -8,7 +8,8 @@ from emulated import compile_emulated
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchllm.attention.cuda import CudaBackend, Heads
+from batchllm.attention.backend import Heads
+from batchllm.attention.cuda import CudaBackend
 from batchllm.attention.cuda_library import CudaLibrary
 from batchllm.attention.cuda_plan import UnitCosts
 from batchllm.errors import UsageError
