@@ -122,9 +122,15 @@ class Projection:
             self._forever -= int(self._blocks[known].sum())
             self._hold_nodes(known, self._blocks[known])
 
-    def check(self, sequences: Ints, nodes: Ints) -> None:
-        """Assert that what is projected is what these admitted segments add up to (for tests)."""
+    def check(self, sequences: Ints, nodes: Ints, waiting: Ints) -> None:
+        """Assert that what is projected is what these admitted segments add up to (for tests).
+
+        `waiting` are the sequences that may still be admitted.
+        """
+        parents = ChildCount(self._segments.parent, waiting).children
+        assert np.array_equal(self._waiting.children, parents)
         assert np.array_equal(np.flatnonzero(self._node), nodes)
+        assert np.array_equal(self._node[nodes] == _FOREVER, parents[nodes] > 0)
         last = self.finish[sequences].max(initial=self.now)
         size = self._block_size
         for step in range(self.now, int(last) + 2):

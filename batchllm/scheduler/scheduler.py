@@ -186,10 +186,11 @@ class Scheduler:
         self._tables.check()
         held = -(-state.num_computed // self.pool.block_size)
         assert np.array_equal(self._tables.num_held, held), "blocks do not match tokens"
-        running.check(self._queue.peek(len(self._queue)), self._unfinished)
+        waiting = self._queue.peek(len(self._queue))
+        running.check(waiting, self._unfinished)
         nodes = np.flatnonzero((state.leaf == NOBODY) & (state.num_computed > 0))
         assert set(self._idle) == set(nodes.tolist()) - set(running.nodes.tolist())
-        self._projection.check(running.sequences(), running.nodes)
+        self._projection.check(running.sequences(), running.nodes, waiting)
 
     # One step's result
 

@@ -28,7 +28,7 @@ END, OTHER = 7, 5  # a token that ends an answer, and one that does not
 POLICIES = ["table-order", "streaming"]
 
 
-def begin(rows, policy, *, num_blocks=11, block_size=1, budget=64, **params):
+def begin(rows, policy, *, num_blocks=11, block_size=1, budget=64, max_num_seqs=64, **params):
     """A scheduler that has the rows' plan, and expects answers of one token."""
     lengths = LengthEstimator()
     lengths.observe(np.full(30, 1), np.full(30, 16))
@@ -37,7 +37,7 @@ def begin(rows, policy, *, num_blocks=11, block_size=1, budget=64, **params):
         block_size=block_size,
         max_model_len=MAX_MODEL_LEN,
         max_num_batched_tokens=budget,
-        max_num_seqs=64,
+        max_num_seqs=max_num_seqs,
     )
     scheduler = make_scheduler(policy, limits, EOS, lengths)
     sharing = policy != "streaming"
@@ -119,11 +119,12 @@ def test_what_a_step_samples_behind_an_end_is_discarded(policy, late):
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize(("token", "ending"), [(END, "stop"), (NO_TOKEN, "nan_logits")])
 def test_a_sequence_may_be_preempted_before_it_is_known_to_have_ended(policy, token, ending):
-    """It gives its blocks back, and then does not wait for others."""
-    scheduler, plan = begin([([1, 2], 10), ([3, 4], 10)], policy)
+    """It gives its blocks back, and then does not wait for others, but lets them in."""
+    rows = [([1, 2], 10), ([1, 3], 10), ([9], 1)]
+    scheduler, plan = begin(rows, policy, max_num_seqs=2)
     scheduler.add(plan)
     before = scheduler.schedule()
-    for _ in range(3):  # two sequences, and blocks for five tokens of each
+    for _ in range(4):  # one token is shared, and there are blocks for five more of each
         scheduler.expect(before)
         batch = scheduler.schedule()
         assert scheduler.update(before, output(OTHER, OTHER)) == []
@@ -135,11 +136,17 @@ def test_a_sequence_may_be_preempted_before_it_is_known_to_have_ended(policy, to
     assert {0, 1} <= set(scheduler.running_leaves().tolist()), "its last step may still run"
     (ended,) = scheduler.update(before, output(OTHER, token))
     assert (ended.leaf, ended.ending) == (1, ending)
-    assert ended.output_token_ids.tolist() == [OTHER] * 3 + [END] * (token == END)
+    assert ended.output_token_ids.tolist() == [OTHER] * 4 + [END] * (token == END)
     scheduler.expect(batch)
     scheduler.check()
-    assert scheduler.stats.vain_tokens == 0
-    assert scheduler.schedule().samples.leaf.tolist() == [0]
+    last = scheduler.schedule()
+    assert last.samples.leaf.tolist() == [0, 2] and last.carried.token.tolist() == [0]
+    assert [s.leaf for s in scheduler.update(batch, output(END))] == [0]
+    scheduler.expect(last)
+    scheduler.check()
+    assert not scheduler.has_work
+    assert [s.leaf for s in scheduler.update(last, output(OTHER, OTHER))] == [2]
+    assert not scheduler.has_unfinished and scheduler.stats.vain_tokens == 1
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -116,6 +116,7 @@ def test_projection_adds_up_when_many_are_expected_later_at_once(rows, data):
     state = Segments(plan_requests(requests(rows)), MAX_MODEL_LEN)
     projection = Projection(state, 3)
     leaves, nodes = np.flatnonzero(state.leaf >= 0), np.flatnonzero(state.leaf < 0)
+    nobody = leaves[:0]  # waits
 
     def expected(of):
         steps = st.lists(st.integers(0, 9), min_size=len(of), max_size=len(of))
@@ -123,11 +124,11 @@ def test_projection_adds_up_when_many_are_expected_later_at_once(rows, data):
         return start, start + data.draw(steps)
 
     projection.admit(leaves, *expected(leaves), nodes)
-    projection.check(leaves, nodes)
+    projection.check(leaves, nodes, nobody)
     for _ in range(3):
         some = leaves[: data.draw(st.integers(1, len(leaves)))]
         projection.revise(some, *expected(some))
-        projection.check(leaves, nodes)
+        projection.check(leaves, nodes, nobody)
         assert projection.latest_start >= projection.start[leaves].max()
         projection.advance(data.draw(st.integers(0, 12)))
 
