@@ -138,11 +138,11 @@ def check_tree(items, backend, **sizes):
         own=np.ones(len(items), dtype=np.bool_),
     )
     for step in (everything, items):
-        runner.hold(_step_of(step, runner.block_size))
+        runner.hold(step_of(step, runner.block_size))
     return runner
 
 
-def _step_of(items, block_size):
+def step_of(items, block_size):
     """A step whose chunks are the ends of their own segments."""
     slots = np.zeros(items.query_end.max(), dtype=np.int64)
     for item in np.flatnonzero(items.own):

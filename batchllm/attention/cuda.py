@@ -1,12 +1,12 @@
 """Attention by our own CUDA kernel: all groups, shared and private segments, in one launch."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from batchllm.attention.backend import Heads
+from batchllm.attention.backend import Heads, Reserve
 from batchllm.attention.cuda_library import (
     KV_TYPES,
     Array,
@@ -20,6 +20,9 @@ from batchllm.errors import UsageError
 from batchllm.models.rope import Rotation
 from batchllm.runner.model_input import ModelInput
 from batchllm.runner.staging import Put
+
+if TYPE_CHECKING:
+    from batchllm.attention.cuda_graph import CudaGraphPlan
 
 HEAD_DIMS = (64, 96, 128)
 _SCALE_BYTES = 4  # of a token's head, where it has a scale
@@ -76,6 +79,14 @@ class CudaBackend:
         there["partial_out"] = torch.empty(rows * self.heads.head_dim, device=device)
         there["partial_lse"] = torch.empty(rows, device=device)
         return CudaPlan(self, there | {"cos": rotation.cos, "sin": rotation.sin})
+
+    def graph_plan(
+        self, max_num_tokens: int, rotation: Rotation, reserve: Reserve
+    ) -> "CudaGraphPlan":
+        """See `GraphBackend`."""
+        from batchllm.attention.cuda_graph import CudaGraphPlan
+
+        return CudaGraphPlan(self, max_num_tokens, rotation, reserve)
 
     def plan_work(self, step: ModelInput) -> WorkPlan:
         """The step's units."""

@@ -2,8 +2,16 @@
 
 import pytest
 import torch
-from attention_checks import TREES, check, check_tree, deep_tree, long_rows, poisoned_rows
-from attention_trees import trees
+from attention_checks import (
+    TREES,
+    check,
+    check_tree,
+    deep_tree,
+    long_rows,
+    poisoned_rows,
+    step_of,
+)
+from attention_trees import items_of, trees
 from emulated import compile_emulated
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,6 +21,9 @@ from batchllm.attention.cuda import CudaBackend
 from batchllm.attention.cuda_library import CudaLibrary
 from batchllm.attention.cuda_plan import UnitCosts
 from batchllm.errors import UsageError
+from batchllm.models.rope import Rotation
+from batchllm.runner.device import CpuDevice
+from batchllm.runner.staging import FixedStager
 
 BLOCK_SIZE = 16
 # kv heads, query heads of each, head_dim
@@ -139,6 +150,63 @@ def test_equals_reference_with_eight_bits_without_bank_conflicts(library, kv_dty
 def test_nans_stay_with_the_rows_that_see_them(library, kv_dtype):
     rows = poisoned_rows()[::2]
     assert hold(library, rows, (1, 4, 64), costs=COSTS[1], kv_dtype=kv_dtype).poisoned > 10
+
+
+class FixedPlaces:
+    """Every step by one plan, as a recorded step would be."""
+
+    name, granularity = "fixed", 1
+
+    def __init__(self, backend, most):
+        self.stager = FixedStager(CpuDevice())
+        half = backend.heads.head_dim // 2
+        self.rotation = Rotation(torch.zeros(most, half), torch.zeros(most, half))
+        self.backend, self.updates, self.refused = backend, 0, 0
+        self.graph = backend.graph_plan(most, self.rotation, self.stager.reserve)
+        self.addresses = self.places()
+
+    def places(self):
+        return [place.tensor.data_ptr() for place in self.graph._places.values()]
+
+    def plan(self, step, rotation):
+        count = len(step.token_ids)
+        if not (
+            step.items.query_end[step.items.own] - step.items.query_begin[step.items.own] == 1
+        ).all():
+            return self.backend.plan(step, rotation)
+        if not self.graph.update(step):
+            self.refused += 1
+            return self.backend.plan(step, rotation)
+        self.rotation.cos[:count], self.rotation.sin[:count] = rotation.cos, rotation.sin
+        self.stager.send()
+        self.updates += 1
+        assert self.places() == self.addresses
+        return self.graph
+
+
+def test_decodes_of_any_number_from_places_that_never_move(library):
+    backend = FixedPlaces(CudaBackend(16, heads(2, 3, 64), library, costs=COSTS[1]), 40)
+    check(
+        deep_tree()[:30],
+        backend,
+        block_size=16,
+        budget=400,
+        kv_heads=2,
+        group=3,
+        head_dim=64,
+        dtype=torch.bfloat16,
+        tolerance=3e-2,
+    )
+    assert backend.updates > 5 and backend.refused == 0
+
+
+def test_a_step_without_room_is_left_to_others(library):
+    backend = CudaBackend(4, heads(1, 1, 64), library)
+    rotation = Rotation(torch.zeros(2, 32), torch.zeros(2, 32))
+    plan = backend.graph_plan(2, rotation, FixedStager(CpuDevice()).reserve)
+    fits, too_long = ([(0, 1, length, True, 0)] for length in (500, 3000))
+    assert plan.update(step_of(items_of(fits, 4), 4))
+    assert not plan.update(step_of(items_of(too_long, 4), 4))
 
 
 @pytest.mark.parametrize(
