@@ -103,7 +103,7 @@ class LLM:
         )
         self.runner = loaded.runner
         self._lengths = LengthEstimator()
-        self.shape = shape_of(model.config, loaded.dtype)
+        self.shape = shape_of(model.config, loaded.dtype, loaded.kv_bytes_per_token)
         self.machine = this_machine(gpu=loaded.hardware)
         self._costs = CostModel(self.machine, self.shape)
         self._scheduler = self.new_scheduler()

@@ -17,6 +17,7 @@ from batchllm.cli_options import (
     DummyShape,
     IgnoreEos,
     Input,
+    KVCacheDtype,
     KvMemory,
     Limit,
     LoadFormat,
@@ -95,6 +96,7 @@ def run(
     ignore_eos: IgnoreEos = False,
     dtype: Dtype = "auto",
     quantization: Quantization = None,
+    kv_cache_dtype: KVCacheDtype = "auto",
     deterministic: Deterministic = False,
     policy: Policy = "auto",
     sharing: Sharing = True,
@@ -158,6 +160,7 @@ def run(
                 engine=EngineConfig(
                     dtype=dtype,
                     quantization=quantization,
+                    kv_cache_dtype=kv_cache_dtype,
                     deterministic=deterministic,
                     policy=policy,
                     sharing=sharing,

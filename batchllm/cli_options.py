@@ -86,9 +86,19 @@ Dtype = Annotated[str, typer.Option(help="auto, bfloat16 or float32.", rich_help
 Quantization = Annotated[
     str | None,
     typer.Option(
-        help="int8: weights and activations in eight bits; faster, but answers differ. "
-        "[default: none]",
+        help="int8 or fp8: weights and activations in eight bits; faster (fp8 on a GPU only), but "
+        "answers differ. [default: none]",
         rich_help_panel=_ENGINE,
+    ),
+]
+KVCacheDtype = Annotated[
+    str,
+    typer.Option(
+        "--kv-cache-dtype",
+        help="fp8 or int8: keys and values in eight bits, so that a GPU's memory holds twice as "
+        "many; answers differ. On a CPU they are only rounded, to see by how much. [default: auto]",
+        rich_help_panel=_ENGINE,
+        show_default=False,
     ),
 ]
 Deterministic = Annotated[

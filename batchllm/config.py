@@ -8,7 +8,8 @@ from typing import Any
 from batchllm.errors import UsageError
 
 DTYPES = ("auto", "bfloat16", "float32")
-QUANTIZATIONS = ("int8",)
+QUANTIZATIONS = ("int8", "fp8")
+KV_CACHE_DTYPES = ("auto", "fp8", "int8")
 DEVICES = ("auto", "cpu", "cuda")
 _SIZE_DIGITS = 20
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
@@ -34,14 +35,14 @@ _STEP_LIMITS = {
 class EngineConfig:
     """Everything about *how* answers are computed. None of it changes them by more than rounding.
 
-    `dtype` and `quantization` say what is rounded to, so they belong to a job's identity; `int8`
-    rounds far more coarsely than any dtype. Others, like `sharing` and `threads`, at most change
-    the order of a sum; with `deterministic`, which belongs to the identity too, not even that.
-    `device` is what the model runs on; `auto` is a GPU where torch can use one. `kv_memory` is in
-    bytes; None takes a share of the device's free memory. `threads` is how many compute; None takes
-    one a core that this process may use. `max_num_batched_tokens` bounds one step's prefill work;
-    `max_num_seqs` bounds index arrays, not memory: admission is by projected KV use. None is what
-    suits the device, see `step_limits`.
+    `dtype`, `quantization` and `kv_cache_dtype` say what is rounded to, so they belong to a job's
+    identity; eight bits round far more coarsely than any dtype. Others, like `sharing` and
+    `threads`, at most change the order of a sum; with `deterministic`, which belongs to the
+    identity too, not even that. `device` is what the model runs on; `auto` is a GPU where torch can
+    use one. `kv_memory` is in bytes; None takes a share of the device's free memory. `threads` is
+    how many compute; None takes one a core that this process may use. `max_num_batched_tokens`
+    bounds one step's prefill work; `max_num_seqs` bounds index arrays, not memory: admission is by
+    projected KV use. None is what suits the device, see `step_limits`.
 
     Raises:
         UsageError: a value is out of range.
@@ -49,6 +50,7 @@ class EngineConfig:
 
     dtype: str = "auto"
     quantization: str | None = None
+    kv_cache_dtype: str = "auto"
     deterministic: bool = False
     policy: str = "auto"
     sharing: bool = True
@@ -66,7 +68,12 @@ class EngineConfig:
             raise UsageError(f"dtype is {self.dtype!r}; choose one of {', '.join(DTYPES)}")
         if self.quantization is not None and self.quantization not in QUANTIZATIONS:
             raise UsageError(
-                f"quantization is {self.quantization!r}; there is: {', '.join(QUANTIZATIONS)}"
+                f"quantization is {self.quantization!r}; there are: {', '.join(QUANTIZATIONS)}"
+            )
+        if self.kv_cache_dtype not in KV_CACHE_DTYPES:
+            raise UsageError(
+                f"kv_cache_dtype is {self.kv_cache_dtype!r}; choose one of "
+                f"{', '.join(KV_CACHE_DTYPES)}"
             )
         if self.device not in DEVICES:
             raise UsageError(f"device is {self.device!r}; choose one of {', '.join(DEVICES)}")

@@ -1,9 +1,9 @@
-"""What int8 costs: perplexity, next tokens and answers beside those of the unquantized model.
+"""What eight bits cost: perplexity, next tokens and answers beside those of the model without.
 
 The text is the example table's (the Constitution of the United States), each section read from its
 beginning. Answers are greedy, to the example's questions.
 
-    python scripts/quality.py [--model MODEL] [--rows N]
+    python scripts/quality.py [--model MODEL] [--rows N] [--ways 'fp8,KV fp8']
 """
 
 import argparse
@@ -22,6 +22,13 @@ from batchllm.runner.model_input import build_model_input
 
 EXAMPLE = Path(__file__).parent.parent / "datasets" / "example.parquet"
 ANSWER_TOKENS = 64
+WAYS: dict[str, dict[str, str]] = {
+    "none": {},
+    "int8": {"quantization": "int8"},
+    "fp8": {"quantization": "fp8"},
+    "KV fp8": {"kv_cache_dtype": "fp8"},
+    "KV int8": {"kv_cache_dtype": "int8"},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,34 +75,45 @@ def agreement(one: list[int], other: list[int]) -> int:
 
 
 def main() -> None:
-    """Read and answer with and without int8, and print both."""
+    """Read and answer with and without each way of rounding, and print all."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="default: the default model")
     parser.add_argument("--rows", type=int, help="of the example to answer, default: all")
+    parser.add_argument("--ways", help=f"of {', '.join(WAYS)}; default: all")
     arguments = parser.parse_args()
     table = pq.read_table(EXAMPLE)
     sections = sorted(set(table["text"].to_pylist()))
     table = table.slice(0, arguments.rows)
-    readings, given = [], []
-    for quantization in (None, "int8"):
-        llm = LLM(arguments.model, quantization=quantization)
-        readings.append(read(llm, sections))
-        given.append(answers(llm, table))
-        name = quantization or llm.dtype
+    plain = None
+    for name, options in WAYS.items():
+        if arguments.ways and name not in ("none", *arguments.ways.split(",")):
+            continue
+        llm = LLM(arguments.model, **options)
+        reading, given = read(llm, sections), answers(llm, table)
+        title = llm.dtype if name == "none" else name
         print(
-            f"{name:>9}: perplexity {readings[-1].perplexity:.4f} over {len(readings[-1].loss):,} "
-            f"tokens in {len(sections)} sections"
+            f"{title:>14}: perplexity {reading.perplexity:.4f} over {len(reading.loss):,} tokens in "
+            f"{len(sections)} sections"
         )
-    plain, int8 = readings
-    increase = int8.perplexity / plain.perplexity - 1
-    same = (plain.favourite == int8.favourite).mean()
-    common = [agreement(a, b) for a, b in zip(*given, strict=True)]
-    alike = sum(a == b for a, b in zip(*given, strict=True))
-    length = np.mean([len(a) for a in given[0]])
-    print(f"perplexity {increase:+.2%}; the likeliest next token is the same at {same:.2%}")
-    print(
-        f"greedy answers of up to {ANSWER_TOKENS} tokens: {alike} of {len(common)} the same to the "
-        f"end; {np.mean(common):.1f} of {length:.1f} tokens before they part"
+        if plain is None:
+            plain = reading, given
+        else:
+            print(compare(*plain, reading, given))
+
+
+def compare(
+    plain: Reading, plain_answers: list[list[int]], reading: Reading, given: list[list[int]]
+) -> str:
+    """What a way of rounding changes."""
+    increase = reading.perplexity / plain.perplexity - 1
+    same = (plain.favourite == reading.favourite).mean()
+    common = [agreement(a, b) for a, b in zip(plain_answers, given, strict=True)]
+    alike = sum(a == b for a, b in zip(plain_answers, given, strict=True))
+    length = np.mean([len(a) for a in plain_answers])
+    return (
+        f"{'':>16}{increase:+.2%}; the likeliest next token is the same at {same:.2%}; greedy "
+        f"answers of up to {ANSWER_TOKENS} tokens: {alike} of {len(common)} the same to the end, "
+        f"{np.mean(common):.1f} of {length:.1f} tokens before they part"
     )
 
 

@@ -7,7 +7,6 @@ import torch
 from hypothesis import strategies as st
 
 from batchllm.attention.backend import make_backend
-from batchllm.attention.cuda import kv_row_values
 from batchllm.attention.rounded import RoundedBackend
 from batchllm.cache.block_pool import BlockPool
 from batchllm.engine import Engine
@@ -15,6 +14,7 @@ from batchllm.models.rope import Rotation
 from batchllm.prefix.plan import plan_requests
 from batchllm.request import Request, SamplingParams
 from batchllm.runner.fake_runner import FakeRunner
+from batchllm.runner.kv_cache import kv_row_values
 from batchllm.runner.model_input import ModelInput, build_model_input
 from batchllm.scheduler.batch import Samples
 from batchllm.scheduler.scheduler import Scheduler

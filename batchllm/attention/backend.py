@@ -97,7 +97,10 @@ class Heads:
 
 @dataclass(frozen=True, slots=True)
 class _Home:
-    """Where a backend's factory is, which devices it runs on, and whether it takes `heads`."""
+    """Where a backend's factory is, and which devices it runs on.
+
+    One that `takes_heads` is told them, and what its cache is to be of.
+    """
 
     module: str
     factory: str
@@ -125,12 +128,14 @@ def make_backend(
     head_dim: int,
     *,
     heads: Heads | None = None,
+    kv_dtype: torch.dtype | None = None,
     deterministic: bool = False,
     device: str = "cpu",
 ) -> AttentionBackend:
     """Create a backend by name; `auto` is the fastest that runs on the device with these sizes.
 
-    A `deterministic` one computes the same to the last bit however contexts are cut into segments.
+    `kv_dtype` is what keys and values are kept in, if not in the model's dtype. A
+    `deterministic` one computes the same to the last bit however contexts are cut into segments.
 
     Raises:
         UsageError: there is none of that name, or it cannot run here, or is not deterministic.
@@ -142,19 +147,23 @@ def make_backend(
     if deterministic:
         return _make_deterministic(name, block_size, head_dim, device)
     if name == "auto":
-        return _make_fastest(block_size, head_dim, heads, device)
+        return _make_fastest(block_size, head_dim, heads, kv_dtype, device)
     if device not in _HOMES[name].devices:
         raise UsageError(f"attention backend {name!r} does not run on device {device!r}")
-    return _make(name, block_size, head_dim, heads)
+    return _make(name, block_size, head_dim, heads, kv_dtype)
 
 
 def _make_fastest(
-    block_size: int, head_dim: int, heads: Heads | None, device: str
+    block_size: int,
+    head_dim: int,
+    heads: Heads | None,
+    kv_dtype: torch.dtype | None,
+    device: str,
 ) -> AttentionBackend:
     reasons = []
     for name in _FASTEST[device]:
         try:
-            return _make(name, block_size, head_dim, heads)
+            return _make(name, block_size, head_dim, heads, kv_dtype)
         except UsageError as error:
             reasons.append(f"; {name}: {error}")
     raise UsageError(
@@ -186,8 +195,16 @@ def why_not_native(block_size: int, head_dim: int) -> str | None:
 
 
 def _make(
-    name: str, block_size: int, head_dim: int, heads: Heads | None = None
+    name: str,
+    block_size: int,
+    head_dim: int,
+    heads: Heads | None = None,
+    kv_dtype: torch.dtype | None = None,
 ) -> AttentionBackend:
     home = _HOMES[name]
     factory: Callable[..., AttentionBackend] = getattr(import_module(home.module), home.factory)
-    return factory(block_size, head_dim, **({"heads": heads} if home.takes_heads else {}))
+    if home.takes_heads:
+        return factory(block_size, heads, kv_dtype)
+    if kv_dtype is not None:
+        raise UsageError(f"attention backend {name!r} keeps KV in the model's dtype")
+    return factory(block_size, head_dim)

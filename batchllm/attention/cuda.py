@@ -18,6 +18,7 @@ from batchllm.attention.cuda_library import (
 from batchllm.attention.cuda_plan import UnitCosts, WorkPlan, plan_units
 from batchllm.errors import UsageError
 from batchllm.models.rope import Rotation
+from batchllm.runner.kv_cache import kv_row_values
 from batchllm.runner.model_input import ModelInput
 from batchllm.runner.staging import Put
 
@@ -25,13 +26,7 @@ if TYPE_CHECKING:
     from batchllm.attention.cuda_graph import CudaGraphPlan
 
 HEAD_DIMS = (64, 96, 128)
-_SCALE_BYTES = 4  # of a token's head, where it has a scale
 _MOST_GROUP = 64  # query heads of a kv head: the rows of one unit
-
-
-def kv_row_values(head_dim: int, kv_dtype: torch.dtype) -> int:
-    """The last size of a cache whose rows have `head_dim` values: what scales take is added."""
-    return head_dim + _SCALE_BYTES if kv_dtype == torch.int8 else head_dim
 
 
 class CudaBackend:
@@ -100,14 +95,14 @@ class CudaBackend:
         )
 
 
-def make_cuda(block_size: int, head_dim: int, heads: Heads | None) -> CudaBackend:
+def make_cuda(block_size: int, heads: Heads | None, kv_dtype: torch.dtype | None) -> CudaBackend:
     """With the kernels that were compiled with batchllm, for these heads.
 
     Raises:
         UsageError: there are none, or no GPU, or they cannot do these sizes.
     """
-    assert heads is not None and heads.head_dim == head_dim, heads
-    return CudaBackend(block_size, heads, load_cuda_library())
+    assert heads is not None
+    return CudaBackend(block_size, heads, load_cuda_library(), kv_dtype=kv_dtype or torch.bfloat16)
 
 
 def arrays_of(work: WorkPlan, step: ModelInput) -> dict[str, NDArray[Any]]:

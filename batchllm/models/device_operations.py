@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 
+from batchllm.models.float8_linear import pack_scaled_mm
 from batchllm.models.linear import Product, pack_torch, round_to_int8
 from batchllm.models.operations import TorchOperations
 
@@ -26,6 +27,10 @@ class DeviceOperations:
     def pack_int8(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
         """See `Operations`."""
         return pack_device_int8(weight, bias)
+
+    def pack_float8(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+        """See `Operations`."""
+        return pack_scaled_mm(weight, bias)
 
 
 def pack_device_int8(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:

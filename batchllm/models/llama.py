@@ -86,10 +86,11 @@ class LlamaModel:
             _divide_rows(layer.qkv, layer.output, self.config.head_dim, self.config.num_kv_heads)
 
     def pack(self, quantization: str | None) -> None:
-        """Lay the weights out for products, rounded to eight bits for `int8`, and give them up."""
+        """Lay the weights out for products, rounded if `quantization` says so, and give them up."""
         operations = self._operations
+        packs = {None: operations.pack, "int8": operations.pack_int8, "fp8": operations.pack_float8}
         for linear in self._linears():
-            linear.pack(operations.pack if quantization is None else operations.pack_int8)
+            linear.pack(packs[quantization])
 
     def forward(
         self, token_ids: torch.Tensor, attend: Attend, sample_rows: torch.Tensor

@@ -2,6 +2,7 @@
 
 import torch
 
+from batchllm.models.float8_linear import pack_float8
 from batchllm.models.linear import Product
 from batchllm.models.native_linear import NativeProducts
 from batchllm.native.kernels import NativeKernels, has_tiles
@@ -27,6 +28,10 @@ class NativeOperations:
     def pack_int8(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
         """See `Operations`."""
         return self._products.pack_int8(weight, bias)
+
+    def pack_float8(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+        """See `Operations`."""
+        return pack_float8(weight, bias, self._products.pack)
 
     def add_rms_norm(
         self, hidden: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float

@@ -5,6 +5,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
+from batchllm.models.float8_linear import pack_float8
 from batchllm.models.linear import Product, pack_torch, pack_torch_int8
 
 
@@ -17,6 +18,10 @@ class Operations(Protocol):
 
     def pack_int8(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
         """The same in int8, a scale for each output and for each row."""
+        ...
+
+    def pack_float8(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+        """The same in float8 (e4m3)."""
         ...
 
     def add_rms_norm(
@@ -47,6 +52,10 @@ class TorchOperations:
     def pack_int8(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
         """See `Operations`."""
         return pack_torch_int8(weight, bias)
+
+    def pack_float8(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+        """See `Operations`."""
+        return pack_float8(weight, bias, pack_torch)
 
     def add_rms_norm(
         self, hidden: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float

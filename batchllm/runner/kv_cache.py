@@ -10,6 +10,8 @@ import torch
 from batchllm.cache.memory import ran_out_of_memory
 from batchllm.errors import UsageError
 
+_SCALE_BYTES = 4
+
 Allocate = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
 
 
@@ -30,11 +32,22 @@ def memory_of(device: torch.device) -> Allocate:
     return lambda shape, dtype: torch.empty(shape, dtype=dtype, device=device)
 
 
+def cache_dtype(kv_cache_dtype: str) -> torch.dtype | None:
+    """What an engine's `kv_cache_dtype` keeps keys and values in; None is the model's dtype."""
+    return {"auto": None, "fp8": torch.float8_e4m3fn, "int8": torch.int8}[kv_cache_dtype]
+
+
+def kv_row_values(head_dim: int, dtype: torch.dtype) -> int:
+    """What the cache has for a token's head: its values, and for int8 the float32 they scale by."""
+    return head_dim + _SCALE_BYTES if dtype == torch.int8 else head_dim
+
+
 class KVCache:
     """Keys and values of all layers.
 
-    `keys[layer]` and `values[layer]` are [num_blocks, block_size, num_kv_heads, head_dim]; where
-    in its block a value lies is up to the attention backend, which alone writes and reads. Where
+    `keys[layer]` and `values[layer]` are [num_blocks, block_size, num_kv_heads, kv_row_values];
+    where in its block a value lies is up to the attention backend, which alone writes and reads.
+    Where
     `allocate` does not get as much, because a limit is set for the process or memory is never
     overcommitted, there are half as many blocks, or a quarter, and so on: `num_blocks` is what it
     came to.
@@ -56,7 +69,7 @@ class KVCache:
     ) -> None:
         self._allocate = allocate
         self._num_layers = num_layers
-        self._block_shape = (block_size, num_kv_heads, head_dim)
+        self._block_shape = (block_size, num_kv_heads, kv_row_values(head_dim, dtype))
         self._dtype = dtype
         self.keys, self.values = self._take(num_blocks)
 
@@ -89,4 +102,4 @@ def kv_bytes_per_token(
     num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
 ) -> int:
     """Bytes of KV that one token takes in all layers."""
-    return 2 * num_layers * num_kv_heads * head_dim * dtype.itemsize
+    return 2 * num_layers * num_kv_heads * kv_row_values(head_dim, dtype) * dtype.itemsize

@@ -4,6 +4,7 @@ import torch
 
 from batchllm.attention.backend import AttentionBackend, make_backend, why_not_native
 from batchllm.attention.native import NativeBackend
+from batchllm.attention.rounded import RoundedBackend
 from batchllm.cache.memory import free_memory, num_kv_blocks
 from batchllm.config import EngineConfig
 from batchllm.errors import UsageError
@@ -15,7 +16,7 @@ from batchllm.models.operations import Operations, TorchOperations
 from batchllm.runner.choose_device import choose_device
 from batchllm.runner.dtype import choose_dtype
 from batchllm.runner.hash_runner import HashRunner
-from batchllm.runner.kv_cache import KVCache, kv_bytes_per_token
+from batchllm.runner.kv_cache import KVCache, cache_dtype, kv_bytes_per_token
 from batchllm.runner.load_device import load_on_gpu
 from batchllm.runner.load_model import load_model
 from batchllm.runner.loaded import LoadedRunner, usable_blocks
@@ -72,6 +73,8 @@ def _load_on_cpu(
         operations = NativeOperations(backend.kernels, deterministic=config.deterministic)
     if clock is not None:
         backend, operations = TimedBackend(backend, clock), TimedOperations(operations, clock)
+    if (kv_dtype := cache_dtype(config.kv_cache_dtype)) is not None:
+        backend = RoundedBackend(backend, kv_dtype)  # in no less memory: its effect is to be seen
     model = load_model(checkpoint, config, max_model_len, backend, operations, dtype, _CPU)
     num_blocks = _num_blocks(shape, config, max_model_len, dtype)
     cache = KVCache(

@@ -16,7 +16,7 @@ from batchllm.runner.device_runner import DeviceRunner
 from batchllm.runner.dtype import choose_dtype
 from batchllm.runner.fullest_steps import FullestSteps
 from batchllm.runner.graphs import CudaGraphs, Recorder
-from batchllm.runner.kv_cache import KVCache, kv_bytes_per_token, memory_of
+from batchllm.runner.kv_cache import KVCache, cache_dtype, kv_bytes_per_token, memory_of
 from batchllm.runner.load_model import load_model
 from batchllm.runner.loaded import LoadedRunner, usable_blocks
 from batchllm.runner.threads import Threads
@@ -61,11 +61,13 @@ def load_on_device(
     limits = config.step_limits(kind)
     name = choose_dtype(config, shape.dtype)
     dtype = getattr(torch, name)
+    kv_dtype = cache_dtype(config.kv_cache_dtype)
     backend: AttentionBackend = make_backend(
         config.attention_backend,
         config.block_size,
         shape.head_dim,
         heads=Heads(shape.num_heads, shape.num_kv_heads, shape.head_dim),
+        kv_dtype=kv_dtype,
         deterministic=config.deterministic,
         device=kind,
     )
@@ -81,7 +83,7 @@ def load_on_device(
         block_size=config.block_size,
         num_kv_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,
-        dtype=dtype,
+        dtype=kv_dtype or dtype,
         allocate=memory_of(home),
     )
     runner = DeviceRunner(
@@ -95,9 +97,10 @@ def load_on_device(
         recorder=recorder,
     )
     needed = _bytes_for_steps(runner, steps, device, is_recorded=isinstance(backend, GraphBackend))
-    block_bytes = config.block_size * kv_bytes_per_token(
-        shape.num_layers, shape.num_kv_heads, shape.head_dim, dtype
+    kv_bytes = kv_bytes_per_token(
+        shape.num_layers, shape.num_kv_heads, shape.head_dim, kv_dtype or dtype
     )
+    block_bytes = config.block_size * kv_bytes
     runner.resize(0)  # what they were tried with is room for KV, too
     free = device.free_memory() - needed - block_bytes
     wanted = min(
@@ -116,6 +119,7 @@ def load_on_device(
         backend.granularity,
         kind,
         str(device),
+        kv_bytes_per_token=kv_bytes,
     )
 
 

@@ -9,6 +9,7 @@ from batchllm.models.dummy_checkpoint import DummyCheckpoint
 from batchllm.models.operations import Operations
 from batchllm.models.registry import Model, make_model
 from batchllm.request import TokenIds
+from batchllm.runner.kv_cache import cache_dtype
 from batchllm.runner.smooth import smooth, smoothing_text
 
 _RANDOM_SMOOTHING_TOKENS = 512
@@ -27,9 +28,10 @@ def load_model(
     with device:  # where new tensors go
         model = make_model(checkpoint.config, dtype, operations)
         model.load(checkpoint.weights(dtype))
-        if config.quantization is not None:
-            tokens = _smoothing_tokens(checkpoint)
-            smooth(model, backend, tokens[:max_model_len], config.block_size, device)
+        if config.quantization == "int8":
+            tokens = _smoothing_tokens(checkpoint)[:max_model_len]
+            kv_dtype = None if device.type == "cpu" else cache_dtype(config.kv_cache_dtype)
+            smooth(model, backend, tokens, config.block_size, device, kv_dtype)
         model.pack(config.quantization)
     return model
 

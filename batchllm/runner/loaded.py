@@ -18,6 +18,7 @@ class LoadedRunner:
     Segments of KV must begin at multiples of `granularity`. `attention` names the backend; `slower`
     says why it is not the compiled one, where that was not the user's choice. `device` is `cpu` or
     `cuda`; `hardware` is the GPU's name, where the threads are not what computes.
+    `kv_bytes_per_token` is given where it is not what the dtype makes it.
     """
 
     runner: TorchRunner | DeviceRunner | HashRunner
@@ -30,6 +31,7 @@ class LoadedRunner:
     granularity: int = 1
     device: str = "cpu"
     hardware: str | None = None
+    kv_bytes_per_token: int | None = None
 
 
 def usable_blocks(config: EngineConfig, device: str, max_model_len: int) -> int:

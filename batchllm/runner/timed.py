@@ -66,6 +66,10 @@ class TimedOperations:
         """See `Operations`."""
         return self._clock.timed(PRODUCTS, self._operations.pack_int8(weight, bias))
 
+    def pack_float8(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+        """See `Operations`."""
+        return self._clock.timed(PRODUCTS, self._operations.pack_float8(weight, bias))
+
 
 class TimedBackend:
     """`AttentionBackend`, timed."""

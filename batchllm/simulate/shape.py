@@ -51,9 +51,12 @@ class ModelShape:
         return 4 * self.num_layers * self.num_heads * self.head_dim
 
 
-def shape_of(config: ModelConfig, dtype: str) -> ModelShape:
-    """The sizes of a model run in `dtype` ("bfloat16" or "float32")."""
+def shape_of(
+    config: ModelConfig, dtype: str, kv_bytes_per_token: float | None = None
+) -> ModelShape:
+    """The sizes of a model run in `dtype` ("bfloat16" or "float32"), its KV too if not told."""
     size = {"bfloat16": 2, "float32": 4}[dtype]
+    values = 2 * config.num_layers * config.num_kv_heads * config.head_dim
     return ModelShape(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
@@ -63,7 +66,7 @@ def shape_of(config: ModelConfig, dtype: str) -> ModelShape:
         head_dim=config.head_dim,
         vocab_size=config.vocab_size,
         bytes_per_value=size,
-        kv_bytes_per_value=size,
+        kv_bytes_per_value=size if kv_bytes_per_token is None else kv_bytes_per_token / values,
     )
 
 
