@@ -92,8 +92,8 @@ def main() -> None:
         reading, given = read(llm, sections), answers(llm, table)
         title = llm.dtype if name == "none" else name
         print(
-            f"{title:>14}: perplexity {reading.perplexity:.4f} over {len(reading.loss):,} tokens in "
-            f"{len(sections)} sections"
+            f"{title:>14}: perplexity {reading.perplexity:.4f} over {len(reading.loss):,} tokens "
+            f"in {len(sections)} sections"
         )
         if plain is None:
             plain = reading, given
