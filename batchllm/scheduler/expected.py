@@ -52,11 +52,11 @@ class Expected:
     def carry(self, batch: Batch) -> Batch:
         """The batch after this one, with what it takes from this one's samples."""
         # An unknown token is its sequence's last, so who computes it samples the next.
-        _, here, there = np.intersect1d(
-            batch.samples.sequence,
-            self.samples.sequence,
-            assume_unique=True,
-            return_indices=True,
-        )
-        token = np.cumsum(batch.chunks.count)[batch.samples.chunk[here]] - 1
-        return replace(batch, carried=Carried(token, there))
+        sequences = batch.samples.sequence
+        order = self.samples.sequence.argsort(kind="stable")  # mostly it is ascending
+        known = self.samples.sequence[order]
+        place = known.searchsorted(sequences)
+        place[place == len(known)] = 0
+        carrying = np.flatnonzero(known[place] == sequences) if len(known) else place[:0]
+        last = np.cumsum(batch.chunks.count)[batch.samples.chunk[carrying]] - 1
+        return replace(batch, carried=Carried(last, order[place[carrying]]))

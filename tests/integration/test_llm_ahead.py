@@ -33,9 +33,12 @@ def answers(llm):
 
 def test_answers_are_those_of_one_step_at_a_time(llm):
     expected = answers(llm)
+    assert llm.metrics.vain_tokens == 0
     late = llm.runner = LateRunner(llm.runner)
     assert answers(llm) == expected
     assert late.steps == []
+    stopped = sum(reason == "stop" for _, _, reason in expected)
+    assert min(stopped, 1) <= llm.metrics.vain_tokens <= stopped
 
 
 @pytest.mark.parametrize("when", [{0}, {4}, {9, 12}])

@@ -1,5 +1,7 @@
 """A step is planned while the one before it runs: what was sampled there is known one step late."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -21,6 +23,7 @@ from batchllm.prefix.plan import plan_requests
 from batchllm.runner.fake_runner import FakeRunner
 from batchllm.runner.model_input import build_model_input, fill_carried
 from batchllm.scheduler.batch import NO_TOKEN, StepOutput
+from batchllm.scheduler.expected import Expected
 from batchllm.scheduler.factory import SchedulerLimits, make_scheduler
 from batchllm.scheduler.lengths import LengthEstimator
 
@@ -261,6 +264,32 @@ def test_an_error_of_a_step_is_raised_and_nothing_runs_behind_it(when, method, e
         list(engine.run(plan))
     assert runner.steps == []
     assert_answers_everything(runner)
+
+
+@given(st.data())
+@settings(max_examples=50)
+def test_a_batch_carries_what_its_sequences_sampled_in_whatever_order(data):
+    scheduler, plan = begin([([i, i], 6) for i in range(12)], "table-order", num_blocks=90)
+    scheduler.add(plan)
+    orders = st.lists(st.integers(0, 11), unique=True)
+
+    def batch(sequences):
+        """Chunks of 1, 2, … tokens, of which every one samples."""
+        some = np.array(sequences, dtype=np.int64)
+        samples = replace(whole.samples, chunk=np.arange(len(some)), sequence=some)
+        counts = 1 + np.arange(len(some))
+        chunks = replace(whole.chunks, count=counts)
+        position = np.zeros_like(some)
+        return replace(whole, chunks=chunks, samples=replace(samples, output_position=position))
+
+    whole = scheduler.schedule()
+    before, after = data.draw(orders), data.draw(orders)
+    expected = Expected.of(batch(before), np.zeros(12, dtype=np.bool_), np.full(12, 6))
+    carried = expected.carry(batch(after)).carried
+    got = dict(zip(carried.token.tolist(), carried.sample.tolist(), strict=True))
+    ends = np.cumsum(1 + np.arange(len(after))) - 1
+    places = {s: int(end) for s, end in zip(after, ends, strict=True)}
+    assert got == {places[s]: i for i, s in enumerate(before) if s in places}
 
 
 def test_carried_tokens_are_filled_in_and_a_missing_one_is_no_token():
