@@ -89,10 +89,8 @@ class LLM:
         self.dtype = loaded.dtype
         self.threads = loaded.threads
         self.attention = loaded.attention
-        self._slower = loaded.slower
-        self._granularity = loaded.granularity
-        self._wanted_kv_blocks = loaded.wanted_blocks
-        self.device, self._hardware = loaded.device, loaded.hardware
+        self.device = loaded.device
+        self._loaded = loaded
         step = self.config.step_limits(loaded.device)
         self.limits = SchedulerLimits(
             num_blocks=loaded.num_blocks,
@@ -263,7 +261,9 @@ class LLM:
         policy, sharing = self.config.policy, self.config.sharing
         if policy == STREAMING:
             return plan_requests(requests, policy=policy)
-        plan = plan_requests(requests, policy="dfs", sharing=sharing, granularity=self._granularity)
+        plan = plan_requests(
+            requests, policy="dfs", sharing=sharing, granularity=self._loaded.granularity
+        )
         outputs = self._lengths.expected(plan)
         if policy == AUTO:
             policy = choose_policy(plan, outputs, self.limits, self._costs)
@@ -293,18 +293,14 @@ class LLM:
         kind = " ".join([self.dtype, *filter(None, [self.config.quantization])])
         line = (
             f"{self.checkpoint.path.name} in {kind} (loaded in {self.load_seconds:.1f}s), "
-            f"{self._hardware or self.threads}, {self.kv_memory / 2**30:,.2f} GiB KV memory = "
-            f"{self.num_kv_tokens:,} tokens, attention {self.attention}"
+            f"{self._loaded.hardware or self.threads}, "
+            f"{self.kv_memory / 2**30:,.2f} GiB KV memory = {self.num_kv_tokens:,} tokens, "
+            f"attention {self.attention}"
         )
-        warnings = [
-            isinstance(self.checkpoint, DummyCheckpoint) and self.checkpoint.about,
-            self.threads.warning,
-            self._slower and f"much slower than need be: {self._slower}",
-            self.num_kv_blocks < self._wanted_kv_blocks
-            and f"the system gave {self.num_kv_blocks / self._wanted_kv_blocks:.0%} of what was to "
-            "be KV memory; a limit may be set for the process (ulimit -v)",
-        ]
-        return "\n".join([line, *(f"warning: {warning}" for warning in warnings if warning)])
+        warnings = self._loaded.warnings(self.num_kv_blocks)
+        if isinstance(self.checkpoint, DummyCheckpoint):
+            warnings.insert(0, self.checkpoint.about)
+        return "\n".join([line, *(f"warning: {warning}" for warning in warnings)])
 
     def new_scheduler(self) -> StepScheduler:
         """A scheduler for this model's KV cache; one at a time may run."""

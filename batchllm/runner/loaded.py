@@ -33,6 +33,17 @@ class LoadedRunner:
     hardware: str | None = None
     kv_bytes_per_token: int | None = None
 
+    def warnings(self, num_blocks: int) -> list[str]:
+        """What is not as it could be, with `num_blocks` of KV at present."""
+        found = [
+            self.threads.warning,
+            self.slower and f"much slower than need be: {self.slower}",
+            num_blocks < self.wanted_blocks
+            and f"the system gave {num_blocks / self.wanted_blocks:.0%} of what was to be KV "
+            "memory; a limit may be set for the process (ulimit -v)",
+        ]
+        return [warning for warning in found if warning]
+
 
 def usable_blocks(config: EngineConfig, device: str, max_model_len: int) -> int:
     """Blocks of KV that all sequences at their longest have: more can never be used."""
