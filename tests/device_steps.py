@@ -11,7 +11,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from batchllm.attention.cascade import TorchBackend
-from batchllm.attention.reference import ReferenceBackend
 from batchllm.attention.write import rotate_and_write
 from batchllm.cache.block_pool import BlockPool
 from batchllm.models.config import ModelConfig
@@ -149,9 +148,9 @@ class Both:
 
 
 class DenseBackend:
-    """The reference; and for recorded decodes what each row sees, gathered and masked.
+    """What each query sees, gathered and masked: a few operations for any step.
 
-    Of rows with more than `width` tokens of context a recording cannot be made.
+    Steps with a query that sees more than `width` tokens are not for recordings.
     """
 
     name = "dense"
@@ -159,48 +158,81 @@ class DenseBackend:
 
     def __init__(self, width=64):
         self.width = width
-        self._reference = ReferenceBackend(BLOCK_SIZE, 0)
-        self.plan = self._reference.plan
         self.updates = 0
+
+    def plan(self, step, rotation, put=torch.from_numpy):
+        seen = seen_slots(step)
+        width = max(map(len, seen))
+        return DenseStep(rotation, put(step.slots), put(padded(seen, width)), put(lengths(seen)))
 
     def graph_plan(self, max_num_tokens, rotation, reserve):
         return DensePlan(self, max_num_tokens, rotation, reserve)
 
 
+def seen_slots(step):
+    """Where the tokens that each query sees lie, a list for each."""
+    seen, items = [[] for _ in step.token_ids], step.items
+    for item in range(len(items)):
+        blocks = items.blocks(item)[:, None] * BLOCK_SIZE + np.arange(BLOCK_SIZE)
+        slots = blocks.ravel()[: items.kv_len[item]].tolist()
+        for query in range(int(items.query_begin[item]), int(items.query_end[item])):
+            hidden = int(items.query_end[item]) - 1 - query if items.own[item] else 0
+            seen[query] += slots[: len(slots) - hidden]
+    return seen
+
+
+def padded(seen, width):
+    """Each list filled up with its last one, which its query may see."""
+    return np.array([slots + [slots[-1]] * (width - len(slots)) for slots in seen])
+
+
+def lengths(seen):
+    return np.array([len(slots) for slots in seen], dtype=np.int32)
+
+
+class DenseStep:
+    """`slots` [n], `seen` [n, width] and how many of these count, [n]."""
+
+    def __init__(self, rotation, slots, seen, counts):
+        self.rotation, self.slots, self.seen, self.counts = rotation, slots, seen, counts
+
+    def run(self, qkv, keys, values):
+        query, _, _ = rotate_and_write(self.rotation, self.slots, qkv, keys, values)
+        num_kv_heads, head_dim = keys.shape[2:]
+        k, v = (cache.flatten(0, 1)[self.seen].double() for cache in (keys, values))
+        q = query.double().view(len(qkv), num_kv_heads, -1, head_dim)
+        scores = torch.einsum("nhgd,nlhd->nhgl", q, k) / head_dim**0.5
+        width = torch.arange(self.seen.shape[1], device=k.device)
+        hidden = (width >= self.counts[:, None])[:, None, None]
+        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        return torch.einsum("nhgl,nlhd->nhgd", weights, v).flatten(1).to(qkv.dtype)
+
+
 class DensePlan:
     def __init__(self, backend, most, rotation, reserve):
-        self._backend, self._width, self._rotation = backend, backend.width, rotation
+        self._backend, self._rotation = backend, rotation
         self._slots = reserve(most, np.int64)
         self._counts = reserve(most, np.int32)
-        self._seen = reserve(most * self._width, np.int64)
+        self._seen = reserve(most * backend.width, np.int64)
 
     def update(self, step):
-        seen = [[] for _ in step.token_ids]
         items = step.items
-        for item in range(len(items)):
-            assert not items.own[item] or items.query_end[item] - items.query_begin[item] == 1
-            blocks = items.blocks(item)[:, None] * BLOCK_SIZE + np.arange(BLOCK_SIZE)
-            for row in range(int(items.query_begin[item]), int(items.query_end[item])):
-                seen[row] += blocks.ravel()[: items.kv_len[item]].tolist()
-        if max(map(len, seen)) > self._width:
+        assert (items.query_end - items.query_begin)[items.own].max() == 1
+        seen = seen_slots(step)
+        if max(map(len, seen)) > self._backend.width:
             return False
         self._slots.fill(step.slots)
-        self._seen.fill(np.array([(s + [s[-1]] * self._width)[: self._width] for s in seen]))
-        self._counts.fill(np.array([len(s) for s in seen], dtype=np.int32))
+        self._counts.fill(lengths(seen))
+        self._seen.fill(padded(seen, self._backend.width))
         self._backend.updates += 1
         return True
 
     def run(self, qkv, keys, values):
-        count, slots = len(qkv), self._slots.tensor[: len(qkv)]
-        query, _, _ = rotate_and_write(self._rotation.first(count), slots, qkv, keys, values)
-        num_kv_heads, head_dim = keys.shape[2:]
-        seen = self._seen.tensor.view(-1, self._width)[:count]
-        k, v = (cache.flatten(0, 1)[seen].double() for cache in (keys, values))
-        q = query.double().view(count, num_kv_heads, -1, head_dim)
-        scores = torch.einsum("nhgd,nlhd->nhgl", q, k) / head_dim**0.5
-        hidden = torch.arange(self._width, device=seen.device) >= self._counts.tensor[:count, None]
-        weights = scores.masked_fill(hidden[:, None, None], -torch.inf).softmax(-1)
-        return torch.einsum("nhgl,nlhd->nhgd", weights, v).flatten(1).to(qkv.dtype)
+        count, width = len(qkv), self._backend.width
+        seen = self._seen.tensor.view(-1, width)[:count]
+        slots, counts = self._slots.tensor[:count], self._counts.tensor[:count]
+        step = DenseStep(self._rotation.first(count), slots, seen, counts)
+        return step.run(qkv, keys, values)
 
 
 class NoWaiting(TorchDispatchMode):

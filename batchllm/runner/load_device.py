@@ -61,6 +61,8 @@ def load_on_device(
     limits = config.step_limits(kind)
     name = choose_dtype(config, shape.dtype)
     dtype = getattr(torch, name)
+    if kind != "cpu" and name != "bfloat16" and config.attention_backend != "reference":
+        raise UsageError(f"dtype is {name}, but fast attention on a GPU computes in bfloat16")
     kv_dtype = cache_dtype(config.kv_cache_dtype)
     backend: AttentionBackend = make_backend(
         config.attention_backend,

@@ -12,17 +12,22 @@ from attention_checks import (
     step_of,
 )
 from attention_trees import items_of, trees
+from device_steps import BLOCK_SIZE as STEP_BLOCK_SIZE
+from device_steps import MAX_NUM_SEQS, NUM_BLOCKS, cache_of, requests, run_all, tiny_model
 from emulated import compile_emulated
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchllm.attention.backend import Heads
+from batchllm.attention.backend import Heads, make_backend
 from batchllm.attention.cuda import CudaBackend
 from batchllm.attention.cuda_library import CudaLibrary
 from batchllm.attention.cuda_plan import UnitCosts
 from batchllm.errors import UsageError
+from batchllm.models.device_operations import DeviceOperations
 from batchllm.models.rope import Rotation
+from batchllm.runner import decode_graphs
 from batchllm.runner.device import CpuDevice
+from batchllm.runner.device_runner import DeviceRunner
 from batchllm.runner.staging import FixedStager
 
 BLOCK_SIZE = 16
@@ -198,6 +203,53 @@ def test_decodes_of_any_number_from_places_that_never_move(library):
         tolerance=3e-2,
     )
     assert backend.updates > 5 and backend.refused == 0
+
+
+class Repeat:
+    """A recorder that runs the call again."""
+
+    def __init__(self):
+        self.repeated = 0
+
+    def record(self, call):
+        def repeat():
+            self.repeated += 1
+            call()
+
+        return repeat
+
+
+def test_a_model_samples_as_with_the_reference(library, monkeypatch):
+    """Through the runner, also from places that never move; rounding decides a few tokens."""
+    monkeypatch.setattr(decode_graphs, "_RUNS_BEFORE", 1)
+    sizes = {"dtype": torch.bfloat16, "head_dim": 64}
+    model, recorder, same = tiny_model(DeviceOperations(), **sizes), Repeat(), []
+    expected, got = (
+        DeviceRunner(
+            model,
+            cache_of(model, NUM_BLOCKS + 1),
+            backend,
+            DeviceOperations(),
+            CpuDevice(),
+            block_size=STEP_BLOCK_SIZE,
+            max_num_seqs=MAX_NUM_SEQS,
+            recorder=recorder,
+        )
+        for backend in (
+            make_backend("reference", STEP_BLOCK_SIZE, 64),
+            CudaBackend(STEP_BLOCK_SIZE, heads(2, 2, 64), library),
+        )
+    )
+
+    class Pair:
+        def execute(self, batch):
+            want, output = expected.execute(batch), got.execute(batch)
+            same.extend(output.token_ids == want.token_ids)
+            return want
+
+    run_all(requests([([i % 7, 1, i % 3] * (1 + i % 3), 4 + i, 0) for i in range(15)]), Pair())
+    assert recorder.repeated > 5
+    assert sum(same) / len(same) > 0.95
 
 
 def test_a_step_without_room_is_left_to_others(library):

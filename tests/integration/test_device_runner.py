@@ -21,7 +21,6 @@ from device_steps import (
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from batchllm.attention.reference import ReferenceBackend
 from batchllm.models.device_operations import DeviceOperations
 from batchllm.models.operations import TorchOperations
 from batchllm.runner import decode_graphs
@@ -40,6 +39,15 @@ ROWS = st.lists(
     min_size=1,
     max_size=12,
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Small operations are the faster for having no other threads to wait for."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +75,9 @@ def device_runner(model, backend, recorder=None):
 
 @given(ROWS, st.integers(1, 50))
 @example([([0, 1, 0], 3, 0), ([0, POISON], 3, 1), ([0, POISON], 3, 0)], 1)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_it_samples_what_the_cpu_runner_does(model, device_model, rows, budget):
-    runner = device_runner(device_model, ReferenceBackend(BLOCK_SIZE, 16))
+    runner = device_runner(device_model, DenseBackend())
     assert Both(model, runner).run(requests(rows), budget).steps > 0
 
 

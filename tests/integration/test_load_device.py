@@ -3,13 +3,14 @@
 import pytest
 import torch
 from builders import tiny_config, write_safetensors_model
+from device_steps import DenseBackend, TapeRecorder
 
 from batchllm import LLM, SamplingParams
 from batchllm.config import EngineConfig, StepLimits
 from batchllm.errors import UsageError
 from batchllm.models.device_operations import DeviceOperations
 from batchllm.models.operations import TorchOperations
-from batchllm.runner import load
+from batchllm.runner import decode_graphs, load, load_device
 from batchllm.runner.device import CpuDevice
 from batchllm.runner.device_runner import DeviceRunner
 from batchllm.runner.fullest_steps import FullestSteps
@@ -17,14 +18,15 @@ from batchllm.runner.load_device import load_on_device
 from batchllm.runner.model_input import build_model_input
 from batchllm.runner.timed import Clock
 
-PROMPTS = [f"the same beginning, number {i % 7} {'x' * (i % 5)}" for i in range(20)]
-PARAMS = [SamplingParams(max_tokens=8, temperature=0.9 * (i % 2), top_k=i % 3) for i in range(20)]
+PROMPTS = [f"the same beginning, number {i % 7} {'x' * (i % 5)}" for i in range(14)]
+PARAMS = [SamplingParams(max_tokens=8, temperature=0.9 * (i % 2), top_k=i % 3) for i in range(14)]
 OPTIONS = {
     "attention_backend": "reference",
     "max_num_batched_tokens": 40,
     "max_num_seqs": 12,
     "dtype": "float32",
     "block_size": 4,
+    "threads": 1,
 }
 
 
@@ -39,15 +41,19 @@ class CountingDevice(CpuDevice):
         return 1_000_000
 
 
-@pytest.fixture
-def on_device(monkeypatch):
+def load_as_on_a_gpu(monkeypatch, recorder=None):
     """Let what would be loaded on the CPU be loaded as on a GPU."""
 
     def as_on_a_gpu(checkpoint, config, max_model_len, threads, clock):
         device = CountingDevice()
-        return load_on_device(checkpoint, config, max_model_len, threads, clock, device, None)
+        return load_on_device(checkpoint, config, max_model_len, threads, clock, device, recorder)
 
     monkeypatch.setattr(load, "_load_on_cpu", as_on_a_gpu)
+
+
+@pytest.fixture
+def on_device(monkeypatch):
+    load_as_on_a_gpu(monkeypatch)
 
 
 def test_answers_and_memory(on_device, tiny_model, monkeypatch):
@@ -62,6 +68,20 @@ def test_answers_and_memory(on_device, tiny_model, monkeypatch):
     monkeypatch.undo()
     expected = LLM(tiny_model, **OPTIONS | {"kv_memory": 1 << 20}).generate(PROMPTS, PARAMS)
     assert got == [o.text for o in expected]
+
+
+def test_answers_from_recordings_a_step_ahead(tiny_model, monkeypatch):
+    expected = LLM(tiny_model, kv_memory=1 << 20, **OPTIONS).generate(PROMPTS, PARAMS)
+    recorder, backend = TapeRecorder(), DenseBackend()
+    load_as_on_a_gpu(monkeypatch, recorder)
+    monkeypatch.setattr(decode_graphs, "_RUNS_BEFORE", 1)
+    monkeypatch.setattr(load_device, "make_backend", lambda *args, **options: backend)
+    monkeypatch.setattr(load_device, "_GRAPHS_BYTES", 1000)
+    llm = LLM(tiny_model, kv_memory=200_000, **OPTIONS)
+    for _ in range(2):
+        got = llm.generate(PROMPTS, PARAMS)
+        assert [o.text for o in got] == [o.text for o in expected]
+    assert recorder.replays > 3 and backend.updates > recorder.replays
 
 
 def test_lack_of_memory_is_lived_with(on_device, tiny_model, monkeypatch):
@@ -133,6 +153,19 @@ def test_int8_products_keep_to_what_a_gpu_takes(monkeypatch):
     for rows in (1, 16, 17, 40):
         assert product(torch.randn(rows, 21)).shape == (rows, 13)
     assert len(sizes) == 4
+
+
+def test_float32_on_a_gpu_is_refused_but_for_the_reference(tiny_model, monkeypatch):
+    class Elsewhere(CpuDevice):
+        torch_device = torch.device("cuda")
+
+    monkeypatch.setattr("batchllm.runner.load.choose_device", lambda asked: "cuda")
+    monkeypatch.setattr("batchllm.runner.load_device.CudaDevice", Elsewhere)
+    monkeypatch.setattr("batchllm.runner.load_device.CudaGraphs", lambda: None)
+    with pytest.raises(UsageError, match="computes in bfloat16"):
+        LLM(tiny_model, dtype="float32")
+    with pytest.raises(UsageError, match=r"no fast attention runs on device 'cuda'; cuda: "):
+        LLM(tiny_model, dtype="bfloat16")
 
 
 def test_a_step_that_never_fits_says_what_to_do(tmp_path, monkeypatch):
