@@ -19,7 +19,7 @@ from batchllm.runner.kv_cache import KVCache
 from batchllm.runner.model_input import build_model_input
 from batchllm.runner.staging import Stager
 from batchllm.runner.token_feed import TokenFeed
-from batchllm.sampling.on_device import Draws, put_draws, sample_on_device
+from batchllm.sampling.sampler import Draw, Draws, draw_all_sorted, put_draws, sample_on_device
 from batchllm.scheduler.batch import Batch, Samples, StepOutput
 
 _ROWS = 256  # sampled at a time, which bounds the memory of their logits
@@ -57,8 +57,10 @@ class DeviceRunner:
         block_size: int,
         max_num_seqs: int,
         recorder: Recorder | None = None,
+        draw: Draw = draw_all_sorted,
     ) -> None:
         self._model = model
+        self._draw = draw
         self._cache = cache
         self._backend = backend
         self.operations = operations
@@ -138,7 +140,7 @@ class DeviceRunner:
             token_ids = self._feed.add(token_ids, sources)
         return run_layers(self._model, self._cache, plan, token_ids, rows)
 
-    def _put_draws(self, samples: Samples) -> list[Draws]:
+    def _put_draws(self, samples: Samples) -> list[list[Draws]]:
         """For each part of the samples that is sampled at a time."""
         vocab_size = self._model.config.vocab_size
         return [
@@ -146,14 +148,13 @@ class DeviceRunner:
             for begin in range(0, max(len(samples), 1), _ROWS)
         ]
 
-    def _sample(self, hidden: torch.Tensor, draws: list[Draws]) -> torch.Tensor:
+    def _sample(self, hidden: torch.Tensor, draws: list[list[Draws]]) -> torch.Tensor:
         parts = zip(torch.split(hidden, _ROWS), draws, strict=True)
         tokens = [
-            sample_on_device(self._model.logits(part), drawn, self.operations.argmax)
+            sample_on_device(self._model.logits(part), drawn, self.operations.argmax, self._draw)
             for part, drawn in parts
         ]
         return tokens[0] if len(tokens) == 1 else torch.cat(tokens)
 
     def _sample_greedily(self, hidden: torch.Tensor) -> torch.Tensor:
-        nobody = Draws(None, None)
-        return self._sample(hidden, [nobody] * -(-len(hidden) // _ROWS))
+        return self._sample(hidden, [[] for _ in range(0, len(hidden), _ROWS)])

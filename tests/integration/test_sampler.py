@@ -3,20 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from sampling import make_samples
 
 from batchllm.models.operations import TorchOperations
 from batchllm.request import SamplingParams
 from batchllm.sampling import sampler
 from batchllm.sampling.random import uniform
-from batchllm.scheduler.batch import NO_TOKEN, Samples
-
-
-def make_samples(each, rows=None, positions=None):
-    """Samples of rows with these parameters, one a row."""
-    count = np.arange(len(each))
-    rows = count if rows is None else rows
-    positions = np.zeros_like(count) if positions is None else positions
-    return Samples(count, count, count, rows, positions, count, each)
+from batchllm.scheduler.batch import NO_TOKEN
 
 
 def samples(count, **params):
@@ -108,3 +101,16 @@ def test_rows_without_usable_logits_get_no_token_and_cost_no_other(params, dtype
     assert got[[1, 2, 4, 5]].tolist() == [NO_TOKEN] * 4
     assert got[[0, 3]].tolist() == good[[0, 3]].tolist()
     assert got[6] == logits[6].argmax()
+
+
+@pytest.mark.parametrize("first_look", [4, 1024])
+def test_sorting_all_draws_what_sorting_some_does(monkeypatch, first_look):
+    monkeypatch.setattr(sampler, "_FIRST_LOOK", first_look)
+    logits = torch.randn(200, 300, generator=torch.Generator().manual_seed(0)) * 3
+    each = [SamplingParams(temperature=1.0, top_k=i % 9, top_p=1 - i % 4 / 5) for i in range(200)]
+    draws = sampler.put_draws(make_samples(each), 300, torch.from_numpy)
+    some, all_ = (
+        sampler.sample_on_device(logits, draws, TorchOperations().argmax, draw)
+        for draw in (sampler.draw_sorted, sampler.draw_all_sorted)
+    )
+    assert torch.equal(some, all_)
