@@ -17,15 +17,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from batchllm.attention.backend import AttentionBackend, make_backend
+from batchllm.attention.backend import AttentionBackend, Heads, make_backend
 from batchllm.models.rope import Rotation
 from batchllm.runner.model_input import AttentionItems, ModelInput
+from batchllm.runner.staging import put_now
 from batchllm.scheduler.batch import Samples
 
 BLOCK_SIZE = 16
 BACKENDS = ("cuda", "flashinfer", "flashinfer-flat")
-# query heads, kv heads, head_dim
-HEADS = {"llama-3.1-8b": (32, 8, 128), "qwen2.5-7b": (28, 4, 128), "llama-3.2-1b": (32, 8, 64)}
+HEADS = {
+    "llama-3.1-8b": Heads(32, 8, 128),
+    "qwen2.5-7b": Heads(28, 4, 128),
+    "llama-3.2-1b": Heads(32, 8, 64),
+}
 SHARED = (128, 512, 2000, 8000)
 MEMBERS = (4, 16, 64, 256)
 
@@ -81,23 +85,22 @@ def decodes(groups: int, members: int, shared: int, private: int) -> ModelInput:
 def layer_times(
     step: ModelInput,
     backends: dict[str, AttentionBackend],
-    heads: tuple[int, int, int],
+    heads: Heads,
     clock: Callable[[Callable[[int], None], int], float],
     device: torch.device,
     layers: int,
 ) -> dict[str, float]:
     """Microseconds of a layer by backend; `clock` times a call for `layers` layers in seconds."""
-    num_heads, num_kv_heads, head_dim = heads
     num_tokens, num_blocks = len(step.token_ids), len(step.items.block_ids)
-    shape = (layers, 2, num_blocks, BLOCK_SIZE, num_kv_heads, head_dim)
+    shape = (layers, 2, num_blocks, BLOCK_SIZE, heads.num_kv_heads, heads.head_dim)
     cache = torch.randn(shape, dtype=torch.bfloat16, device=device)
-    width = num_heads + 2 * num_kv_heads
-    qkv = torch.randn(num_tokens, width, head_dim, dtype=torch.bfloat16, device=device)
-    angles = torch.rand(num_tokens, head_dim // 2, device=device)
+    width = heads.num_heads + 2 * heads.num_kv_heads
+    qkv = torch.randn(num_tokens, width, heads.head_dim, dtype=torch.bfloat16, device=device)
+    angles = torch.rand(num_tokens, heads.head_dim // 2, device=device)
     rotation = Rotation(angles.cos(), angles.sin())
     times = {}
     for name, backend in backends.items():
-        plan = backend.plan(step, rotation)
+        plan = backend.plan(step, rotation, put_now(device))
 
         def run(layer: int, plan=plan) -> None:  # noqa: ANN001
             plan.run(qkv, *cache[layer])
@@ -107,15 +110,19 @@ def layer_times(
 
 
 def gpu_clock(run: Callable[[int], None], layers: int, turns: int = 5) -> float:
-    """Median seconds of a layer, after all layers have run once."""
+    """Median seconds of a layer, recorded: what the host takes to launch it is not in it."""
     for layer in range(layers):
         run(layer)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for layer in range(layers):
+            run(layer)
     seconds = []
     for _ in range(turns):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        for layer in range(layers):
-            run(layer)
+        graph.replay()
         end.record()
         end.synchronize()
         seconds.append(begin.elapsed_time(end) / 1e3 / layers)
@@ -125,9 +132,14 @@ def gpu_clock(run: Callable[[int], None], layers: int, turns: int = 5) -> float:
 def measure(queries: int, private: int, names: list[str]) -> list[Point]:
     """All points of the table."""
     points = []
+    made = {
+        (kind, name): make_backend(name, BLOCK_SIZE, heads.head_dim, heads=heads, device="cuda")
+        for kind, heads in HEADS.items()
+        for name in names
+    }
     for (kind, heads), shared, members in itertools.product(HEADS.items(), SHARED, MEMBERS):
         groups = max(1, queries // members)
-        backends = {name: make_backend(name, BLOCK_SIZE, heads[2], device="cuda") for name in names}
+        backends = {name: made[kind, name] for name in names}
         times = layer_times(
             decodes(groups, members, shared, private),
             backends,

@@ -25,11 +25,21 @@ if [ -n "${BATCHLLM_WHEELS:-}" ]; then
     "$python" -m pip install --quiet --no-index --no-deps --target "$packages" \
         "$BATCHLLM_WHEELS"/*.whl >"$results/packages.log" 2>&1 || say "see packages.log"
 fi
-export PYTHONPATH="$PWD:$packages"
+export PYTHONPATH="$PWD:$packages" PATH="$packages/bin:$PATH"
 architecture=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())') || {
     echo "torch finds no GPU"; exit 2; }
 say "GPU: $("$python" -c 'import torch; print(torch.cuda.get_device_name(), torch.__version__)')"
 nvidia-smi >"$results/nvidia-smi.log" 2>&1
+
+# FlashInfer compiles each of its kernels where it is first used, which takes minutes: so its tests
+# run from the beginning on, several at once, beside all that is not timed.
+declare -A flashinfer
+for which in 64 '128 or planned' 'rotation or rms or gate or argmax' 'draws or unusable'; do
+    name=flashinfer-${which%% *}
+    timeout 300 "$python" -m pytest -q -m gpu tests/gpu/test_flashinfer.py -k "$which" \
+        -p no:cacheprovider >"$results/$name.log" 2>&1 &
+    flashinfer[$name]=$!
+done
 
 export BATCHLLM_CUDA_ARCHITECTURES=$architecture
 try build "$python" - <<'PYTHON'
@@ -41,7 +51,12 @@ library = Path("batchllm/native") / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX
 cuda_build.build_library(cuda_build.find_nvcc(), library)
 print(library)
 PYTHON
-try tests timeout 200 "$python" -m pytest -q -m gpu tests/gpu -p no:cacheprovider --durations=10
+try tests timeout 200 "$python" -m pytest -q -m gpu tests/gpu -p no:cacheprovider --durations=10 \
+    --ignore tests/gpu/test_flashinfer.py
+for name in "${!flashinfer[@]}"; do
+    wait "${flashinfer[$name]}" || { echo "-- $name: exit $?"; failed=1; }
+    say "$name"; tail -n 5 "$results/$name.log"
+done
 try attention timeout 150 "$python" scripts/bench_attention.py \
     --out "$results/attention.json" --markdown "$results/attention.md"
 left=$((570 - (SECONDS - began)))
