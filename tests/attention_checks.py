@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from attention_trees import step_of
 from hypothesis import strategies as st
 
 from batchllm.attention.backend import make_backend
@@ -15,8 +16,8 @@ from batchllm.prefix.plan import plan_requests
 from batchllm.request import Request, SamplingParams
 from batchllm.runner.fake_runner import FakeRunner
 from batchllm.runner.kv_cache import kv_row_values
-from batchllm.runner.model_input import ModelInput, build_model_input
-from batchllm.scheduler.batch import Samples
+from batchllm.runner.model_input import build_model_input
+from batchllm.runner.staging import put_now
 from batchllm.scheduler.scheduler import Scheduler
 
 NUM_BLOCKS = 400
@@ -82,7 +83,8 @@ class AttentionCheck:
 
 def _run(backend, cache, step, qkv, angles):
     rotation = Rotation(angles.cos().to(cache.device), angles.sin().to(cache.device))
-    return backend.plan(step, rotation).run(qkv.to(cache.device, copy=True), *cache).cpu()
+    plan = backend.plan(step, rotation, put_now(cache.device))
+    return plan.run(qkv.to(cache.device, copy=True), *cache).cpu()
 
 
 def check(
@@ -140,25 +142,6 @@ def check_tree(items, backend, **sizes):
     for step in (everything, items):
         runner.hold(step_of(step, runner.block_size))
     return runner
-
-
-def step_of(items, block_size):
-    """A step whose chunks are the ends of their own segments."""
-    slots = np.zeros(items.query_end.max(), dtype=np.int64)
-    for item in np.flatnonzero(items.own):
-        begin, end = items.query_begin[item], items.query_end[item]
-        places = items.kv_len[item] - (end - begin) + np.arange(end - begin)
-        blocks = items.blocks(item)[places // block_size]
-        slots[begin:end] = blocks * block_size + places % block_size
-    none = np.zeros(0, dtype=np.int64)
-    return ModelInput(
-        token_ids=np.zeros(len(slots), dtype=np.int32),
-        positions=none,
-        slots=slots,
-        items=items,
-        sample_rows=none,
-        samples=Samples(none, none, none, none, none, none, []),
-    )
 
 
 def deep_tree():

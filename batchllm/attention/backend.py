@@ -113,8 +113,15 @@ _HOMES = {
     "torch": _Home("batchllm.attention.cascade", "TorchBackend"),
     "native": _Home("batchllm.attention.native", "NativeBackend"),
     "cuda": _Home("batchllm.attention.cuda", "make_cuda", ("cuda",), takes_heads=True),
+    **{
+        name: _Home("batchllm.attention.flashinfer", factory, ("cuda",), takes_heads=True)
+        for name, factory in (("flashinfer", "make_flashinfer"), ("flashinfer-flat", "make_flat"))
+    },
 }
-_FASTEST = {"cpu": ("native", "torch"), "cuda": ("cuda",)}  # `auto` takes the first that runs
+_FASTEST = {
+    "cpu": ("native", "torch"),
+    "cuda": ("cuda", "flashinfer"),
+}  # `auto` takes the first that runs
 
 
 def backend_names() -> list[str]:

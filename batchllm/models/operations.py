@@ -27,7 +27,10 @@ class Operations(Protocol):
     def add_rms_norm(
         self, hidden: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float
     ) -> torch.Tensor:
-        """Add `delta` to `hidden` in place; return `hidden` / its root mean square * `weight`."""
+        """Add `delta` to `hidden` in place; return `hidden` / its root mean square * `weight`.
+
+        `delta` is given up: what is returned may lie in its memory.
+        """
         ...
 
     def silu_and_multiply(self, gate_up: torch.Tensor) -> torch.Tensor:

@@ -5,11 +5,13 @@ from functools import partial
 import torch
 
 from batchllm.attention.backend import AttentionBackend, GraphBackend, Heads, make_backend
+from batchllm.attention.flashinfer import FlashInferBackend
 from batchllm.cache.memory import num_kv_blocks, ran_out_of_memory
 from batchllm.config import EngineConfig
 from batchllm.errors import UsageError
 from batchllm.models.checkpoint import Checkpoint
 from batchllm.models.device_operations import DeviceOperations
+from batchllm.models.flashinfer_operations import FlashInferOperations
 from batchllm.models.operations import Operations
 from batchllm.runner.device import CudaDevice, Device
 from batchllm.runner.device_runner import DeviceRunner
@@ -21,6 +23,8 @@ from batchllm.runner.load_model import load_model
 from batchllm.runner.loaded import LoadedRunner, usable_blocks
 from batchllm.runner.threads import Threads
 from batchllm.runner.timed import Clock, TimedBackend, TimedOperations
+from batchllm.sampling.flashinfer_draw import FlashInferDraw
+from batchllm.sampling.sampler import Draw, draw_all_sorted
 
 _KV_SHARE = 0.95  # of what the fullest steps leave; the rest is for gaps between what is in use
 _GRAPHS_BYTES = 512 << 20  # the driver's, for the recordings of all sizes
@@ -74,6 +78,10 @@ def load_on_device(
         device=kind,
     )
     operations: Operations = DeviceOperations()
+    draw: Draw = draw_all_sorted
+    if isinstance(backend, FlashInferBackend):  # then its kernels take the rest, too
+        operations = FlashInferOperations(operations, backend.library)
+        draw = FlashInferDraw(backend.library)
     if clock is not None:
         clock.settle = device.synchronize
         backend, operations = TimedBackend(backend, clock), TimedOperations(operations, clock)
@@ -97,6 +105,7 @@ def load_on_device(
         block_size=config.block_size,
         max_num_seqs=limits.max_num_seqs,
         recorder=recorder,
+        draw=draw,
     )
     needed = _bytes_for_steps(runner, steps, device, is_recorded=isinstance(backend, GraphBackend))
     kv_bytes = kv_bytes_per_token(

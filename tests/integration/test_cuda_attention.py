@@ -173,15 +173,15 @@ class FixedPlaces:
     def places(self):
         return [place.tensor.data_ptr() for place in self.graph._places.values()]
 
-    def plan(self, step, rotation):
+    def plan(self, step, rotation, put):
         count = len(step.token_ids)
         if not (
             step.items.query_end[step.items.own] - step.items.query_begin[step.items.own] == 1
         ).all():
-            return self.backend.plan(step, rotation)
+            return self.backend.plan(step, rotation, put)
         if not self.graph.update(step):
             self.refused += 1
-            return self.backend.plan(step, rotation)
+            return self.backend.plan(step, rotation, put)
         self.rotation.cos[:count], self.rotation.sin[:count] = rotation.cos, rotation.sin
         self.stager.send()
         self.updates += 1
