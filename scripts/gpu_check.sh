@@ -36,7 +36,7 @@ nvidia-smi >"$results/nvidia-smi.log" 2>&1
 declare -A flashinfer
 for which in 64 '128 or planned' 'rotation or rms or gate or argmax' 'draws or unusable'; do
     name=flashinfer-${which%% *}
-    timeout 300 "$python" -m pytest -q -m gpu tests/gpu/test_flashinfer.py -k "$which" \
+    timeout 300 "$python" -m pytest -q -m gpu tests/gpu/test_flashinfer_on_gpu.py -k "$which" \
         -p no:cacheprovider >"$results/$name.log" 2>&1 &
     flashinfer[$name]=$!
 done
@@ -52,7 +52,7 @@ cuda_build.build_library(cuda_build.find_nvcc(), library)
 print(library)
 PYTHON
 try tests timeout 200 "$python" -m pytest -q -m gpu tests/gpu -p no:cacheprovider --durations=10 \
-    --ignore tests/gpu/test_flashinfer.py
+    --ignore tests/gpu/test_flashinfer_on_gpu.py
 for name in "${!flashinfer[@]}"; do
     wait "${flashinfer[$name]}" || { echo "-- $name: exit $?"; failed=1; }
     say "$name"; tail -n 5 "$results/$name.log"
