@@ -10,6 +10,7 @@ from batchllm.cli_models import models_app
 from batchllm.cli_options import (
     AnswerTokens,
     AsJson,
+    AttentionBackendName,
     Chat,
     Deterministic,
     Device,
@@ -101,6 +102,7 @@ def run(
     policy: Policy = "auto",
     sharing: Sharing = True,
     device: Device = "auto",
+    attention_backend: AttentionBackendName = "auto",
     threads: Threads = None,
     kv_memory: KvMemory = None,
     max_model_len: MaxModelLen = None,
@@ -165,6 +167,7 @@ def run(
                     policy=policy,
                     sharing=sharing,
                     device=device,
+                    attention_backend=attention_backend,
                     threads=threads,
                     kv_memory=None if kv_memory is None else parse_size(kv_memory),
                     max_model_len=max_model_len,

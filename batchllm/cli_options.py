@@ -130,6 +130,15 @@ Device = Annotated[
         help="auto, cpu or cuda; auto is a GPU where torch can use one.", rich_help_panel=_ENGINE
     ),
 ]
+AttentionBackendName = Annotated[
+    str,
+    typer.Option(
+        "--attention-backend",
+        help="auto, or by name: native, torch or reference on a CPU; cuda, flashinfer, "
+        "flashinfer-flat or reference on a GPU.",
+        rich_help_panel=_ENGINE,
+    ),
+]
 Threads = Annotated[
     int | None,
     typer.Option(

@@ -1,6 +1,7 @@
 """From an opened checkpoint to a runner on a GPU, its KV pool sized by trying the fullest steps."""
 
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -9,6 +10,7 @@ from batchllm.attention.flashinfer import FlashInferBackend
 from batchllm.cache.memory import num_kv_blocks, ran_out_of_memory
 from batchllm.config import EngineConfig
 from batchllm.errors import UsageError
+from batchllm.flashinfer_library import load_flashinfer
 from batchllm.models.checkpoint import Checkpoint
 from batchllm.models.device_operations import DeviceOperations
 from batchllm.models.flashinfer_operations import FlashInferOperations
@@ -79,9 +81,9 @@ def load_on_device(
     )
     operations: Operations = DeviceOperations()
     draw: Draw = draw_all_sorted
-    if isinstance(backend, FlashInferBackend):  # then its kernels take the rest, too
-        operations = FlashInferOperations(operations, backend.library)
-        draw = FlashInferDraw(backend.library)
+    if (flashinfer := _flashinfer(backend)) is not None:  # whoever attends, it takes the rest
+        operations = FlashInferOperations(operations, flashinfer)
+        draw = FlashInferDraw(flashinfer)
     if clock is not None:
         clock.settle = device.synchronize
         backend, operations = TimedBackend(backend, clock), TimedOperations(operations, clock)
@@ -132,6 +134,16 @@ def load_on_device(
         str(device),
         kv_bytes_per_token=kv_bytes,
     )
+
+
+def _flashinfer(backend: AttentionBackend) -> Any:  # noqa: ANN401  # a package without types
+    """FlashInfer, as the backend has it or as it is installed; else None."""
+    if isinstance(backend, FlashInferBackend):
+        return backend.library
+    try:
+        return load_flashinfer()
+    except UsageError:
+        return None
 
 
 def _bytes_for_steps(

@@ -33,7 +33,7 @@ ALLOWED = {
     "sampling": {"errors", "request", "scheduler", "flashinfer_library", "sampling"},
     "runner": {
         *("errors", "request", "config", "cgroup", "prefix", "cache", "scheduler"),
-        *("attention", "models", "native", "sampling", "simulate", "runner"),
+        *("attention", "models", "native", "flashinfer_library", "sampling", "simulate", "runner"),
     },
     "report": {
         *("errors", "request", "prefix", "cache", "scheduler", "simulate", "text", "progress"),
