@@ -12,6 +12,10 @@ struct Arrays {
     Global<uint16_t> halves;
 };
 
+inline Global<unsigned char> bytes_of(const Arrays& arrays) {
+    return {reinterpret_cast<unsigned char*>(arrays.halves.data), 2 * arrays.halves.size};
+}
+
 BATCHLLM_KERNEL(kThreads, 1) in_order(Arrays arrays) {
     const Shared<int32_t> cells = shared_memory<int32_t>();
     cells[thread_index()] = thread_index();
@@ -50,26 +54,27 @@ BATCHLLM_KERNEL(kThreads, 1) never_written(Arrays arrays) {
 }
 
 BATCHLLM_KERNEL(kThreads, 1) copy_not_waited_for(Arrays arrays) {
-    const Shared<uint16_t> cells = shared_memory<uint16_t>() + 8 * (thread_index() % 16);
-    const Global<const uint16_t> from{arrays.halves.data, arrays.halves.size};
-    if (thread_index() < 16) copy_async(cells, from, thread_index(), false);
+    const Shared<unsigned char> cells = shared_memory<unsigned char>() + 16 * (thread_index() % 16);
+    if (thread_index() < 16) copy_async<16>(cells, bytes_of(arrays), thread_index(), false);
     copy_async_commit();
     copy_async_wait<1>();
-    arrays.numbers[thread_index()] = cells[0];
+    arrays.numbers[thread_index()] = cells.as<uint16_t>()[0];
 }
 
 BATCHLLM_KERNEL(kThreads, 1) copy_seen_without_a_barrier(Arrays arrays) {
-    const Shared<uint16_t> cells = shared_memory<uint16_t>() + 8 * (thread_index() % 16);
-    const Global<const uint16_t> from{arrays.halves.data, arrays.halves.size};
-    if (thread_index() < 16) copy_async(cells, from, thread_index(), false);
+    const Shared<unsigned char> cells = shared_memory<unsigned char>() + 16 * (thread_index() % 16);
+    if (thread_index() < 16) copy_async<16>(cells, bytes_of(arrays), thread_index(), false);
     copy_async_commit();
     copy_async_wait<0>();
-    arrays.numbers[thread_index()] = cells[0];
+    arrays.numbers[thread_index()] = cells.as<uint16_t>()[0];
 }
 
 BATCHLLM_KERNEL(kThreads, 1) not_aligned(Arrays arrays) {
-    const Global<const uint16_t> from{arrays.halves.data + 1, arrays.halves.size - 1};
-    copy_async(shared_memory<uint16_t>() + 8 * thread_index(), from, thread_index(), false);
+    const Global<unsigned char> all = bytes_of(arrays);
+    const Global<unsigned char> from{all.data + 2, all.size - 2};
+    copy_async<16>(
+        shared_memory<unsigned char>() + 16 * thread_index(), from, thread_index(), false
+    );
 }
 
 BATCHLLM_KERNEL(kThreads, 1) half_a_warp(Arrays arrays) {
