@@ -8,7 +8,11 @@ bin="${BATCHLLM_VENV:-.venv}/bin"
 
 echo "== ruff" && "$bin/ruff" check . && "$bin/ruff" format --check .
 echo "== mypy" && "$bin/mypy"
-echo "== quick tests" && "$bin/python" -m pytest -q
+# Several processes of one thread each are done sooner than one of several threads.
+workers=$(nproc)
+export OMP_NUM_THREADS=1
+tests=("$bin/python" -m pytest -q -n "$((workers < 4 ? workers : 4))")
+echo "== quick tests" && "${tests[@]}" --dist loadfile
 if [ "${1:-}" != --quick ]; then
-    echo "== slow tests" && "$bin/python" -m pytest -q -m "slow and not gpu"
+    echo "== slow tests" && "${tests[@]}" --dist worksteal -m "slow and not gpu"
 fi
