@@ -1,7 +1,7 @@
 """The one entry that the command line, Python and the integrations go through."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -11,20 +11,23 @@ import numpy as np
 import pyarrow as pa
 
 from batchllm.config import EngineConfig
+from batchllm.describe import loaded_text
 from batchllm.engine import Engine
 from batchllm.errors import OutOfMemoryError, UsageError
 from batchllm.io.answers import AnswerColumns
 from batchllm.metrics import Metrics
 from batchllm.models.checkpoint import Checkpoint, open_model
-from batchllm.models.dummy_checkpoint import DummyCheckpoint
+from batchllm.models.parallel import check_divides
 from batchllm.outputs import count, failed_output, row_outputs
 from batchllm.prefix.plan import PrefixPlan, plan_requests, reorder
 from batchllm.prefix.policies.registry import AUTO, STREAMING, check_policy
 from batchllm.prefix.policies.sample import sample_first
-from batchllm.progress import Progress
-from batchllm.prompting import choose_max_model_len, prompt_builder
+from batchllm.prompting import Prompt, choose_max_model_len, prompt_builder, table_of, tables_of
+from batchllm.replica_messages import ReplicaLoaded
+from batchllm.replicas import Replicas
 from batchllm.request import Request, RequestOutput, RowError, SamplingParams
-from batchllm.runner.load import load_runner
+from batchllm.runner.loaded import LoadedRunner
+from batchllm.runner.tensor_parallel import load_in_processes
 from batchllm.runner.timed import Clock
 from batchllm.scheduler.base import StepScheduler
 from batchllm.scheduler.batch import Batch, FinishedSequence
@@ -36,12 +39,9 @@ from batchllm.simulate.saved import this_machine
 from batchllm.simulate.shape import shape_of
 from batchllm.text.field_order import ColumnRules, learn_field_order
 from batchllm.text.prompts import PromptBatch, PromptSpec
-from batchllm.watch import Watch
+from batchllm.watch import Onlooker, Pace, Watch
 
-Prompt = str | Sequence[int]
-# Answers are handed over after each step, unless that takes more than a fiftieth of the time.
-_KEEP_PAUSE = 50  # times what the last hand-over took
-_KEEP_SECONDS = 0.5  # the longest pause
+_KEEP_SECONDS = 0.5  # the longest pause between hand-overs of answers
 NOBODY = Watch()
 _TRIES = 5  # for a window, each with half the memory of the one before
 
@@ -85,12 +85,19 @@ class LLM:
         self.checkpoint = model
         self.max_model_len = choose_max_model_len(model, self.config)
         self.tokenizer = model.tokenizer()
-        loaded = load_runner(model, self.config, self.max_model_len, clock)
-        self.dtype = loaded.dtype
-        self.threads = loaded.threads
-        self.attention = loaded.attention
-        self.device = loaded.device
-        self._loaded = loaded
+        check_divides(model.config, self.config.tensor_parallel_size)
+        self._replicas: Replicas | None = None
+        self._end_processes: Callable[[], object]
+        if self.config.data_parallel_size > 1:
+            self._replicas = Replicas(model, self.config)
+            loaded: LoadedRunner | ReplicaLoaded = self._replicas.loaded
+            self._end_processes = self._replicas.close
+        else:
+            loaded = local = load_in_processes(model, self.config, self.max_model_len, clock)
+            self.runner, self._end_processes = local.runner, local.close
+        self.loaded = loaded
+        self.dtype, self.threads = loaded.dtype, loaded.threads
+        self.attention, self.device = loaded.attention, loaded.device
         step = self.config.step_limits(loaded.device)
         self.limits = SchedulerLimits(
             num_blocks=loaded.num_blocks,
@@ -99,7 +106,6 @@ class LLM:
             max_num_batched_tokens=step.max_num_batched_tokens,
             max_num_seqs=step.max_num_seqs,
         )
-        self.runner = loaded.runner
         self._lengths = LengthEstimator()
         self.shape = shape_of(model.config, loaded.dtype, loaded.kv_bytes_per_token)
         self.machine = this_machine(gpu=loaded.hardware)
@@ -169,8 +175,7 @@ class LLM:
         sampling_params: SamplingParams | None = None,
     ) -> list[RequestOutput]:
         """Answer conversations, each a list of messages with `role` and `content`."""
-        kind = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
-        table = pa.table({"messages": pa.array(list(conversations), kind)})
+        table = table_of(conversations)
         batch = self._build(table, PromptSpec(messages_column="messages"))
         params = sampling_params or SamplingParams()
         return self.answer(*batch.requests(params, np.arange(table.num_rows)))
@@ -250,6 +255,12 @@ class LLM:
 
     def _plan_and_run(self, requests: Sequence[Request], watch: Watch) -> list[RequestOutput]:
         started = time.perf_counter()
+        if self._replicas is not None:
+            answers = self._replicas.answer(requests, self.limits, self._costs, watch)
+            self.chosen_policies |= answers.policies
+            self.metrics.add(answers.metrics)
+            self.metrics.engine_seconds += time.perf_counter() - started
+            return answers.outputs
         plan = self._plan(requests)
         planned = time.perf_counter()
         outputs = self._run(plan, watch)
@@ -262,7 +273,7 @@ class LLM:
         if policy == STREAMING:
             return plan_requests(requests, policy=policy)
         plan = plan_requests(
-            requests, policy="dfs", sharing=sharing, granularity=self._loaded.granularity
+            requests, policy="dfs", sharing=sharing, granularity=self.loaded.granularity
         )
         outputs = self._lengths.expected(plan)
         if policy == AUTO:
@@ -272,6 +283,13 @@ class LLM:
         if self._lengths.knows or all(p.ignore_eos for p in plan.params):
             return plan
         return replace(plan, leaf_order=sample_first(plan.tree, plan.leaf_order))
+
+    def close(self) -> None:
+        """End the processes that the model runs in, if there are others than this; the last call.
+
+        They also end with this process, however it does, and when nobody has the `LLM` any more.
+        """
+        self._end_processes()
 
     @property
     def num_kv_blocks(self) -> int:
@@ -290,17 +308,7 @@ class LLM:
 
     def describe(self) -> str:
         """What is loaded and what it runs on, in a line; each warning is a line of its own."""
-        kind = " ".join([self.dtype, *filter(None, [self.config.quantization])])
-        line = (
-            f"{self.checkpoint.path.name} in {kind} (loaded in {self.load_seconds:.1f}s), "
-            f"{self._loaded.hardware or self.threads}, "
-            f"{self.kv_memory / 2**30:,.2f} GiB KV memory = {self.num_kv_tokens:,} tokens, "
-            f"attention {self.attention}"
-        )
-        warnings = self._loaded.warnings(self.num_kv_blocks)
-        if isinstance(self.checkpoint, DummyCheckpoint):
-            warnings.insert(0, self.checkpoint.about)
-        return "\n".join([line, *(f"warning: {warning}" for warning in warnings)])
+        return loaded_text(self)
 
     def new_scheduler(self) -> StepScheduler:
         """A scheduler for this model's KV cache; one at a time may run."""
@@ -314,7 +322,7 @@ class LLM:
         before = replace(scheduler.stats)
         finished: list[FinishedSequence] = []
         outputs: list[RequestOutput] = []
-        kept_at, num_kept, pause = time.monotonic(), 0, 0.0
+        num_kept, pace = 0, Pace(_KEEP_SECONDS)
 
         def make(sequences: list[FinishedSequence]) -> list[RequestOutput]:
             return row_outputs(plan, sequences, self.tokenizer, scheduler, self.limits)
@@ -336,12 +344,11 @@ class LLM:
                         progress.finish_rows(sum(int(num_rows[sequence.leaf]) for sequence in done))
                     if watch.should_stop():
                         break
-                    begun = time.monotonic()
-                    if len(finished) > num_kept and begun - kept_at > pause:
-                        outputs += (new := make(finished[num_kept:]))
-                        watch.keep(new)
-                        kept_at, num_kept = time.monotonic(), len(finished)
-                        pause = min(_KEEP_SECONDS, _KEEP_PAUSE * (kept_at - begun))
+                    if len(finished) > num_kept and pace.is_due:
+                        with pace.hand_over():
+                            outputs += (new := make(finished[num_kept:]))
+                            watch.keep(new)
+                        num_kept = len(finished)
         except OutOfMemoryError:
             pass  # the caller sees who is missing
         except BaseException:  # it leaves sequences behind; the next window starts clean
@@ -361,7 +368,7 @@ class LLM:
             self.limits = replace(self.limits, max_num_seqs=max_num_seqs)
             self._scheduler = self.new_scheduler()
 
-    def _shrink(self, progress: Progress | None) -> None:
+    def _shrink(self, progress: Onlooker | None) -> None:
         """Go on with half the KV memory and half as many tokens a step; all KV held is lost."""
         num_blocks = self.runner.shrink(max(self.num_kv_blocks // 2, 1))
         most = max(self.limits.max_num_batched_tokens // 2, 1)
@@ -385,16 +392,8 @@ class LLM:
             raise UsageError(f"{len(prompts)} prompts, but {len(each)} SamplingParams")
         requests: list[Request] = []
         errors: dict[int, RowError] = {}
-        texts = [i for i, p in enumerate(prompts) if isinstance(p, str)]
-        ids = [i for i, p in enumerate(prompts) if not isinstance(p, str)]
-        for rows, kind, spec in (
-            (texts, pa.string(), PromptSpec(prompt_column="prompt", chat=chat)),
-            (ids, pa.list_(pa.int64()), PromptSpec(token_ids_column="prompt")),
-        ):
-            if not rows:
-                continue
-            table = pa.table({"prompt": pa.array([prompts[i] for i in rows], kind)})
-            made, failed = self._build(table, spec).requests(SamplingParams(), np.array(rows))
+        for rows, table, spec in tables_of(prompts, chat):
+            made, failed = self._build(table, spec).requests(SamplingParams(), rows)
             requests += [replace(r, sampling_params=each[r.row_index]) for r in made]
             errors |= failed
         return self.answer(sorted(requests, key=lambda r: r.row_index), errors)

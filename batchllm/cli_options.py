@@ -153,6 +153,19 @@ KvMemory = Annotated[
         rich_help_panel=_ENGINE,
     ),
 ]
+TensorParallelSize = Annotated[
+    int,
+    typer.Option(
+        help="Processes, one a GPU, that share a model; must divide its key-value heads.",
+        rich_help_panel=_ENGINE,
+    ),
+]
+DataParallelSize = Annotated[
+    int,
+    typer.Option(
+        help="Replicas of the model that share the rows, a process each.", rich_help_panel=_ENGINE
+    ),
+]
 MaxModelLen = Annotated[
     int | None,
     typer.Option(

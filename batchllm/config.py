@@ -40,9 +40,12 @@ class EngineConfig:
     `threads`, at most change the order of a sum; with `deterministic`, which belongs to the
     identity too, not even that. `device` is what the model runs on; `auto` is a GPU where torch can
     use one. `kv_memory` is in bytes; None takes a share of the device's free memory. `threads` is
-    how many compute; None takes one a core that this process may use. `max_num_batched_tokens`
-    bounds one step's prefill work; `max_num_seqs` bounds index arrays, not memory: admission is by
-    projected KV use. None is what suits the device, see `step_limits`.
+    how many compute; None takes one a core that this process may use. `tensor_parallel_size`
+    processes share the work on every step, and `data_parallel_size` times as many the rows; they
+    divide threads and KV memory, and so do processes that do not know of each other and are told to
+    take one of `machine_share` equal shares. `max_num_batched_tokens` bounds one step's prefill
+    work; `max_num_seqs` bounds index arrays, not memory: admission is by projected KV use. None is
+    what suits the device, see `step_limits`.
 
     Raises:
         UsageError: a value is out of range.
@@ -62,6 +65,9 @@ class EngineConfig:
     block_size: int = 16
     max_num_batched_tokens: int | None = None
     max_num_seqs: int | None = None
+    tensor_parallel_size: int = 1
+    data_parallel_size: int = 1
+    machine_share: int = 1
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -77,7 +83,8 @@ class EngineConfig:
             )
         if self.device not in DEVICES:
             raise UsageError(f"device is {self.device!r}; choose one of {', '.join(DEVICES)}")
-        for name in ("block_size", "max_num_batched_tokens", "max_num_seqs"):
+        sizes = ("tensor_parallel_size", "data_parallel_size", "machine_share")
+        for name in ("block_size", "max_num_batched_tokens", "max_num_seqs", *sizes):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} is {value}; it must be at least 1")
@@ -89,6 +96,22 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} is {value}; it must be positive")
+
+        if self.deterministic and self.tensor_parallel_size > 1:
+            raise UsageError(
+                f"tensor_parallel_size is {self.tensor_parallel_size}, but deterministic needs 1: "
+                "in which order processes add up a sum depends on what else is in the step"
+            )
+
+    @property
+    def kv_memory_each(self) -> int | None:
+        """What a process that shares a model has of it."""
+        return None if self.kv_memory is None else self.kv_memory // self.num_processes
+
+    @property
+    def num_processes(self) -> int:
+        """How many share this machine's threads and memory."""
+        return self.machine_share * self.data_parallel_size * self.tensor_parallel_size
 
     @classmethod
     def from_options(cls, **options: Any) -> "EngineConfig":

@@ -1,5 +1,7 @@
 """What batchllm raises. Everything a user can cause derives from BatchLLMError."""
 
+from collections.abc import Sequence
+
 _MESSAGE_CHARS = 1000
 
 
@@ -32,6 +34,35 @@ class ModelError(BatchLLMError):
 
 class OutOfMemoryError(BatchLLMError):
     """There is no memory for a step, or for as small a one as makes sense."""
+
+
+class WorkerError(BatchLLMError):
+    """A process of ours failed; what it was to do is lost, what it had handed over is not."""
+
+
+class WorkerKilledError(WorkerError):
+    """A process of ours was ended from outside."""
+
+
+class WorkerCrashedError(WorkerError):
+    """A process of ours ended by a fatal signal, as a bug makes it.
+
+    Attributes:
+        reason: the signal, for people.
+        rows: which were in flight there, as far as is known: it may be one of them that did it.
+    """
+
+    def __init__(self, message: str, reason: str, rows: Sequence[int] = ()) -> None:
+        super().__init__(message, reason, rows)
+        self.reason = reason
+        self.rows = rows
+
+    def __str__(self) -> str:
+        return one_line(self.args[0], _MESSAGE_CHARS)
+
+
+class PeerLostError(WorkerError):
+    """Another process of a group is gone, and that one can say why."""
 
 
 class MissingExtraError(BatchLLMError, ImportError):

@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from batchllm import __version__
 from batchllm.api import LLM
 from batchllm.config import EngineConfig
 from batchllm.error_limit import NO_LIMIT, ErrorLimit
-from batchllm.errors import OutputError, UsageError
+from batchllm.errors import OutputError, UsageError, WorkerCrashedError
 from batchllm.interrupt import StopSignals
 from batchllm.io.answers import AnswerColumns
 from batchllm.io.in_flight import Suspects
@@ -27,6 +27,7 @@ from batchllm.io.parquet import ParquetInput
 from batchllm.io.sources import check_paths
 from batchllm.metrics import Metrics
 from batchllm.models.checkpoint import Checkpoint, open_model
+from batchllm.models.parallel import check_divides
 from batchllm.outputs import failed_output
 from batchllm.progress import Progress
 from batchllm.prompt_worker import PromptedWindow, PromptWorker, prompts_ahead
@@ -119,6 +120,7 @@ def run_job(config: JobConfig, stop: StopSignals | None = None) -> JobResult:
         notify=notify,
     )
     prompt_builder(checkpoint, config.engine, config.prompt)  # refuses what it cannot make
+    check_divides(checkpoint.config, config.engine.tensor_parallel_size)
     num_rows = min(source.num_rows, config.limit or source.num_rows)
     identity = job_identity(config, source, checkpoint, num_rows)
     limit = config.max_errors.of(num_rows)
@@ -154,7 +156,7 @@ def job_identity(
             **checkpoint.identity(),
             "tokenizer": prompt_tokenizer(checkpoint, config.prompt).fingerprint,
             "dtype": choose_dtype(config.engine, checkpoint.config.dtype),
-            "quantization": config.engine.quantization,
+            "quantization": _rounding(config.engine),
             "kv_cache_dtype": config.engine.kv_cache_dtype,
             "deterministic": config.engine.deterministic,
             "max_model_len": choose_max_model_len(checkpoint, config.engine),
@@ -163,6 +165,13 @@ def job_identity(
         "sampling": asdict(config.sampling),
         "output_column": config.output_column,
     }
+
+
+def _rounding(engine: EngineConfig) -> str | None:
+    """How weights are rounded: processes that share a model have scales of their own."""
+    if engine.quantization is None or engine.tensor_parallel_size == 1:
+        return engine.quantization
+    return f"{engine.quantization} in {engine.tensor_parallel_size} parts"
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +219,7 @@ class _Job:
         self._set_aside(suspects)
         llm = None
         with (
+            ExitStack() as models,
             closing(PromptWorker(builder, always=suspects.has_crashed)) as worker,
             closing(store.in_flight()) as in_flight,
         ):
@@ -218,12 +228,18 @@ class _Job:
                 with closing(windows):
                     prompted = prompts_ahead(windows, worker)
                     if llm is None:
-                        llm = LLM(self.checkpoint, config.engine)
+                        llm = models.enter_context(closing(LLM(self.checkpoint, config.engine)))
                         progress.note(f"{len(store.finished):,} rows, {llm.describe()}")
                     llm.run_at_most(1 if phase.alone else None)
                     note = partial(in_flight.note, alone=phase.alone)
                     for one in prompted:
-                        self._answer_window(llm, one, progress, note)
+                        try:
+                            self._answer_window(llm, one, progress, note)
+                        except WorkerCrashedError as crash:
+                            if len(crash.rows):
+                                note(np.array(crash.rows, dtype=np.int64))
+                            in_flight.keep(crash.reason)
+                            raise
                         if self._is_over(store.num_failed):
                             return llm
         assert llm is not None, "there is a phase for the rows left"
@@ -325,6 +341,9 @@ class _Job:
             **total.as_dict(),
             "saved_share": round(total.saved_share, 6),
             "window_lost_share": round(total.window_lost_share, 6),
+            "division_lost_share": round(total.division_lost_share, 6),
+            "replicas": config.engine.data_parallel_size,
+            "processes_per_replica": config.engine.tensor_parallel_size,
             "threads": llm.threads.count if llm else 0,
             "kv_memory": llm.kv_memory if llm else 0,
             "kv_tokens": llm.num_kv_tokens if llm else 0,

@@ -12,12 +12,13 @@ class Metrics:
     `prompt_tokens` are the rows' prompts end to end; `computed_prompt_tokens` those that went
     through the model (repeats after preemption included, `recomputed_tokens` says how many, of
     prompts and answers); `repeated_last_tokens` of them are the last tokens of prompts that other
-    prompts continue or repeat, and `window_repeated_tokens` those of prefixes that several windows
-    share. `output_tokens` are the rows' answers end to end, and
-    `computed_output_tokens` those sampled (duplicates are answered once); beyond these,
-    `vain_tokens` went through the model for answers that had just ended, where a step is planned
-    before the one before it has told. `pool_shrinks` says how often memory ran out in a step and
-    the KV pool was halved. `peak_kv_blocks` is a maximum, everything else a sum.
+    prompts continue or repeat, `window_repeated_tokens` those of prefixes that several windows
+    share, and `division_repeated_tokens` those that several replicas share of a window.
+    `output_tokens` are the rows' answers end to end, and `computed_output_tokens` those sampled
+    (duplicates are answered once); beyond these, `vain_tokens` went through the model for answers
+    that had just ended, where a step is planned before the one before it has told. `pool_shrinks`
+    says how often memory ran out in a step and the KV pool was halved. `peak_kv_blocks` is a
+    maximum, everything else a sum.
     """
 
     rows: int = 0
@@ -27,6 +28,7 @@ class Metrics:
     computed_prompt_tokens: int = 0
     repeated_last_tokens: int = 0
     window_repeated_tokens: int = 0
+    division_repeated_tokens: int = 0
     recomputed_tokens: int = 0
     output_tokens: int = 0
     computed_output_tokens: int = 0
@@ -66,6 +68,12 @@ class Metrics:
         """Share that windows lose of what planning the whole table at once would save, 0 to 1."""
         saved = max(0, self.prompt_tokens - self.computed_prompt_tokens)
         return self.window_repeated_tokens / max(saved + self.window_repeated_tokens, 1)
+
+    @property
+    def division_lost_share(self) -> float:
+        """Share that replicas lose of what one engine would save in the same windows, 0 to 1."""
+        saved = max(0, self.prompt_tokens - self.computed_prompt_tokens)
+        return self.division_repeated_tokens / max(saved + self.division_repeated_tokens, 1)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers, seconds rounded to microseconds."""

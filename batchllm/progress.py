@@ -52,7 +52,11 @@ class Progress:
 
     def on_step(self, batch: Batch) -> None:
         """Count a step, and show something if it is time."""
-        self._tokens += batch.num_tokens * batch.num_steps
+        self.add_tokens(batch.num_tokens * batch.num_steps)
+
+    def add_tokens(self, count: int) -> None:
+        """Count tokens computed, and show something if it is time."""
+        self._tokens += count
         self._show()
 
     def finish_rows(self, count: int) -> None:

@@ -1,5 +1,11 @@
 """What makes a model's prompts, and how long they may be; needs its tokenizer, not its weights."""
 
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
 from batchllm.config import EngineConfig
 from batchllm.errors import UsageError
 from batchllm.models.checkpoint import Checkpoint
@@ -7,6 +13,29 @@ from batchllm.models.dummy_checkpoint import DummyCheckpoint
 from batchllm.text.field_order import ColumnRules
 from batchllm.text.prompts import PromptBuilder, PromptSpec
 from batchllm.text.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]
+
+
+def tables_of(
+    prompts: Sequence[Prompt], chat: bool | None
+) -> Iterator[tuple[NDArray[np.int64], pa.Table, PromptSpec]]:
+    """A list's texts and its token ids, each as a table: (places in the list, table, its spec)."""
+    texts = [i for i, prompt in enumerate(prompts) if isinstance(prompt, str)]
+    ids = [i for i, prompt in enumerate(prompts) if not isinstance(prompt, str)]
+    for places, kind, spec in (
+        (texts, pa.string(), PromptSpec(prompt_column="prompt", chat=chat)),
+        (ids, pa.list_(pa.int64()), PromptSpec(token_ids_column="prompt")),
+    ):
+        if places:
+            table = pa.table({"prompt": pa.array([prompts[i] for i in places], kind)})
+            yield np.array(places), table, spec
+
+
+def table_of(conversations: Sequence[Sequence[dict[str, str]]]) -> pa.Table:
+    """Conversations as a column `messages`."""
+    kind = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+    return pa.table({"messages": pa.array(list(conversations), kind)})
 
 
 def choose_max_model_len(checkpoint: Checkpoint, config: EngineConfig) -> int:

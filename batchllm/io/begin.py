@@ -107,11 +107,11 @@ class BegunOutput:
         """Give up the lock. What is on disk stays and can be resumed; nothing done leaves nothing.
 
         A job that failed before its first answers (a wrong option, say) would otherwise stand in
-        the way of the corrected one.
+        the way of the corrected one. What a crash of a process of its own may have come from stays.
         """
         self.manifest.close()
         self.journal.close()
-        if self.answers or not self.journal_is_empty:
+        if self.answers or not self.journal_is_empty or self.layout.crash.exists():
             self.lock.release()
         else:
             forget(self.layout, self.lock)

@@ -64,6 +64,7 @@ class InFlight:
         self._file = os.open(layout.in_flight, flags, 0o644)
         self._was_enabled = faulthandler.is_enabled()
         self._crash = layout.crash.open("w")
+        self._is_kept = False
         faulthandler.enable(self._crash, all_threads=False)
 
     def note(self, rows: Rows, *, alone: bool) -> None:
@@ -76,6 +77,13 @@ class InFlight:
         with suppress(OSError):  # a full disk is told by what needs it more
             os.pwrite(self._file, cells.astype(np.int64).tobytes(), 0)
 
+    def keep(self, reason: str) -> None:
+        """Another process of the job has crashed, of one of these; whoever comes next is told."""
+        self._is_kept = True
+        with suppress(OSError):
+            self._crash.write(f"{reason}\n")
+            self._crash.flush()
+
     def close(self) -> None:
         """The process leaves this part alive."""
         if self._was_enabled:
@@ -84,6 +92,8 @@ class InFlight:
             faulthandler.disable()
         self._crash.close()
         os.close(self._file)
+        if self._is_kept:
+            return
         with suppress(OSError):  # an empty one says nothing, and goes with the others
             self._layout.crash.unlink(missing_ok=True)
             self._layout.in_flight.unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """A model on disk, whatever its format: config and tokenizer at once, weights one at a time."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -9,6 +10,7 @@ from batchllm.models.config import ModelConfig
 from batchllm.models.dummy_checkpoint import DUMMY, DummyCheckpoint
 from batchllm.models.fake_checkpoint import FAKE_MODEL, FakeCheckpoint
 from batchllm.models.gguf_checkpoint import GGUFCheckpoint
+from batchllm.models.layout import Cut, whole
 from batchllm.models.locate import resolve
 from batchllm.models.safetensors_checkpoint import SafetensorsCheckpoint
 from batchllm.text.tokenizer import Tokenizer
@@ -28,7 +30,9 @@ class Checkpoint(Protocol):
     def tokenizer(self) -> Tokenizer:
         """Build the model's tokenizer (a few hundred milliseconds for a large vocabulary)."""
 
-    def weights(self, dtype: "torch.dtype | None" = None) -> Iterator[tuple[str, "torch.Tensor"]]:
+    def weights(
+        self, dtype: "torch.dtype | None" = None, cut: Cut = whole
+    ) -> Iterator[tuple[str, "torch.Tensor"]]:
         """Yield every weight once, in no particular order, as (canonical name, tensor).
 
         Names are Hugging Face's, as `layout.expected_tensors` lists them. Each tensor is its own
@@ -37,10 +41,31 @@ class Checkpoint(Protocol):
         Args:
             dtype: what to convert to. None leaves safetensors as stored, and gives float32 for
                 GGUF, whose blocks have to be dequantised to something.
+            cut: says which part of each is wanted.
         """
 
     def identity(self) -> dict[str, str]:
         """What tells this model from another, cheaply and wherever it lies."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """What another process needs to open the same model; as `open_model` is called."""
+
+    name: str | None
+    load_format: str = "auto"
+    model_shape: str | None = None
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> "ModelSource":
+        """Of an opened one."""
+        if isinstance(checkpoint, DummyCheckpoint):
+            return cls(None, DUMMY, checkpoint.shape)
+        return cls(str(checkpoint.path))
+
+    def open(self) -> Checkpoint:
+        """Open it."""
+        return open_model(self.name, load_format=self.load_format, model_shape=self.model_shape)
 
 
 def open_model(

@@ -14,7 +14,7 @@ import numpy as np
 from batchllm.errors import UsageError
 from batchllm.models.config import ModelConfig
 from batchllm.models.gguf_checkpoint import GGUFCheckpoint
-from batchllm.models.layout import expected_tensors
+from batchllm.models.layout import Cut, expected_tensors, whole
 from batchllm.models.registered import (
     DEFAULT_MODEL,
     REGISTERED,
@@ -48,7 +48,7 @@ class DummyCheckpoint:
     def __init__(self, shape: str, config: ModelConfig) -> None:
         self.path = Path(f"{DUMMY}-{shape}")
         self.config = config
-        self._shape = shape
+        self.shape = shape
 
     @classmethod
     def of(cls, shape: str | None) -> "DummyCheckpoint":
@@ -87,17 +87,21 @@ class DummyCheckpoint:
         drawn = np.random.default_rng(0).integers(self.config.vocab_size, size=count)
         return drawn.astype(np.int32)
 
-    def weights(self, dtype: "torch.dtype | None" = None) -> Iterator[tuple[str, "torch.Tensor"]]:
+    def weights(
+        self, dtype: "torch.dtype | None" = None, cut: Cut = whole
+    ) -> Iterator[tuple[str, "torch.Tensor"]]:
         """Yield (canonical name, tensor) one at a time, made on torch's default device."""
         import torch
 
         from batchllm.models.random_weights import random_tensors
 
         stored: torch.dtype = getattr(torch, self.config.dtype)
-        return random_tensors(expected_tensors(self.config), dtype or stored)
+        for name, tensor in random_tensors(expected_tensors(self.config), dtype or stored):
+            if (part := cut(name, tuple(tensor.shape))) is not None:
+                yield name, tensor[part]
 
     def identity(self) -> dict[str, str]:
-        return {"format": DUMMY, "shape": self._shape, "weights": _RECIPE}
+        return {"format": DUMMY, "shape": self.shape, "weights": _RECIPE}
 
     @cached_property
     def _ids(self) -> Tokenizer:

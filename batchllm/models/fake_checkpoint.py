@@ -13,6 +13,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from batchllm.errors import ModelError
 from batchllm.models.config import ModelConfig
+from batchllm.models.layout import Cut, whole
 from batchllm.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -76,7 +77,9 @@ class FakeCheckpoint:
             chat_template=_CHAT_TEMPLATE,
         )
 
-    def weights(self, dtype: "torch.dtype | None" = None) -> Iterator[tuple[str, "torch.Tensor"]]:
+    def weights(
+        self, dtype: "torch.dtype | None" = None, cut: Cut = whole
+    ) -> Iterator[tuple[str, "torch.Tensor"]]:
         """It has none.
 
         Raises:

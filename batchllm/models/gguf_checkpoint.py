@@ -17,7 +17,14 @@ from numpy.typing import NDArray
 from batchllm.errors import ModelError
 from batchllm.models.gguf_config import ARCHITECTURES, ROPE_FACTORS, read_gguf_config
 from batchllm.models.gguf_file import GGUFFile, GGUFTensor
-from batchllm.models.layout import check_tensors, sampled_sha256
+from batchllm.models.layout import (
+    Cut,
+    Part,
+    check_tensors,
+    part_shape,
+    sampled_sha256,
+    whole,
+)
 from batchllm.text.gguf_tokenizer import tokenizer_from_gguf
 from batchllm.text.tokenizer import Tokenizer
 
@@ -38,6 +45,7 @@ _NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_Index = NDArray[np.intp] | slice
 _TENSOR_NAME = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<part>\w+)\.(?P<kind>weight|bias)")
 # Enough elements that numpy's overhead vanishes, few enough that a chunk stays in the cache.
 _CHUNK_ELEMENTS = 1 << 20
@@ -78,33 +86,43 @@ class GGUFCheckpoint:
         except ModelError as error:
             raise ModelError(f"{self.path}: {error}") from None
 
-    def weights(self, dtype: "torch.dtype | None" = None) -> Iterator[tuple[str, "torch.Tensor"]]:
+    def weights(
+        self, dtype: "torch.dtype | None" = None, cut: Cut = whole
+    ) -> Iterator[tuple[str, "torch.Tensor"]]:
         """Yield (canonical name, tensor) one at a time, dequantised to `dtype` (or float32)."""
         import torch
 
         for name, tensor in self._tensors.items():
+            part = cut(name, tensor.shape)
+            if part is None:
+                continue
             # Piece by piece, so not where torch's default would have it.
-            out = torch.empty(tensor.shape, dtype=dtype or torch.float32, device="cpu")
+            shape = part_shape(tensor.shape, part)
+            out = torch.empty(shape, dtype=dtype or torch.float32, device="cpu")
             flat = out.view(-1)
-            order = self._row_order(name)
-            rows = self._file.rows(tensor)
+            rows, columns = self._places(name, tensor, part)
             start = 0
-            for chunk in dequantized_chunks(rows[order] if out.ndim > 1 else rows, tensor):
+            for chunk in dequantized_chunks(self._file.rows(tensor)[rows], tensor):
                 # In pieces too small for torch to use threads: meeting at a barrier a thousand
                 # times costs more than it gains, and ten times more when the cores are shared.
-                values = torch.from_numpy(chunk.reshape(-1))
+                values = torch.from_numpy(chunk[:, columns].reshape(-1))
                 for i in range(0, len(values), _COPY_ELEMENTS):
                     piece = values[i : i + _COPY_ELEMENTS]
                     flat[start + i : start + i + len(piece)] = piece
                 start += len(values)
-            yield name, out if out.ndim > 1 else out[order]  # a bias is stored as one row
+            yield name, out
 
-    def _row_order(self, name: str) -> NDArray[np.intp] | slice:
+    def _places(self, name: str, tensor: GGUFTensor, part: Part) -> tuple[_Index, _Index]:
+        """Which rows, and what of each, are a part of a tensor in the file."""
+        wanted, columns = (*part, slice(None), slice(None))[:2]
+        rows: _Index = wanted
         heads = {"q_proj": self.config.num_heads, "k_proj": self.config.num_kv_heads}
-        part = name.split(".")[-2]
-        if part not in heads or self.config.architecture != ARCHITECTURES["llama"]:
-            return slice(None)
-        return hugging_face_row_order(heads[part], self.config.head_dim)
+        is_mixed = self.config.architecture == ARCHITECTURES["llama"]
+        if is_mixed and (layer := name.split(".")[-2]) in heads:
+            rows = hugging_face_row_order(heads[layer], self.config.head_dim)[wanted]
+        if len(tensor.shape) == 1:  # a bias is stored as one row
+            return slice(None), rows
+        return rows, columns
 
     def identity(self) -> dict[str, str]:
         return {

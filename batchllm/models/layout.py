@@ -5,15 +5,31 @@ misshapen tensor is told in one line before anything is loaded.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from batchllm.errors import ModelError
 from batchllm.models.config import ModelConfig
 
 Shape = tuple[int, ...]
+Part = tuple[slice, ...]
+"""A part of a tensor, to index it with; `()` is all of it."""
+
+Cut = Callable[[str, Shape], Part | None]
+"""(name, shape) to the part of a tensor that is wanted, at most two slices; None is not at all."""
 
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
+
+
+def whole(name: str, shape: Shape) -> Part:
+    """The `Cut` that wants everything."""
+    return ()
+
+
+def part_shape(shape: Shape, part: Part) -> Shape:
+    """The shape of a part of a tensor of this shape."""
+    cut = [len(range(size)[where]) for size, where in zip(shape, part, strict=False)]
+    return (*cut, *shape[len(part) :])
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, Shape]:

@@ -10,6 +10,7 @@ from batchllm.errors import ModelError
 from batchllm.models.config import ModelConfig
 from batchllm.models.linear import Linear
 from batchllm.models.operations import Operations
+from batchllm.models.parallel import WHOLE, Shard
 from batchllm.models.rope import RotaryEmbedding
 from batchllm.models.smoothing import channel_factors
 
@@ -30,19 +31,30 @@ class LlamaLayer:
 
 
 class LlamaModel:
-    """LlamaForCausalLM, inference only. Attention is handed in: the model knows no cache."""
+    """LlamaForCausalLM, inference only. Attention is handed in: the model knows no cache.
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, operations: Operations) -> None:
-        self.config = config
+    `config` is of the whole model, of which this is one shard; what it has is in `self.config`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        operations: Operations,
+        shard: Shard = WHOLE,
+    ) -> None:
+        self.config = config = shard.config(config)
+        self._shard = shard
         self.dtype = dtype
         self.rotary = RotaryEmbedding(config)
         self._operations = operations
         self._embedding = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype)
         self._norm = torch.empty(config.hidden_size, dtype=dtype)
         self._layers = [self._empty_layer() for _ in range(config.num_layers)]
-        self._head = Linear(config.hidden_size, config.vocab_size, dtype=dtype)
+        begin, end = shard.bounds(config.vocab_size)
+        self._head = Linear(config.hidden_size, end - begin, dtype=dtype)
         if config.tie_word_embeddings:
-            self._head.weight = self._embedding
+            self._head.weight = self._embedding[begin:end]
 
     def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Copy weights in, one tensor at a time, by their Hugging Face names.
@@ -75,8 +87,9 @@ class LlamaModel:
         hidden = self.forward(token_ids, attend, torch.arange(len(token_ids)))
         for rows in torch.split(hidden, 256):  # not all at once: a vocabulary is wide
             self.logits(rows)
-        if self._head.weight is self._embedding:
-            self._head.weight = self._embedding.clone()
+        if self.config.tie_word_embeddings:
+            assert self._head.weight is not None
+            self._head.weight = self._head.weight.clone()
         _divide_norm(self._norm, self._head)
         for layer in self._layers:
             _divide_norm(layer.input_norm, layer.qkv)
@@ -103,7 +116,7 @@ class LlamaModel:
             sample_rows: int64 [num_samples]. What the last layer computes after its attention
                 concerns nobody else, so it is computed for these alone.
         """
-        operations, eps = self._operations, self.config.rms_norm_eps
+        operations, shard, eps = self._operations, self._shard, self.config.rms_norm_eps
         hidden = F.embedding(token_ids, self._embedding)
         delta: torch.Tensor | None = None
         for index, layer in enumerate(self._layers):
@@ -112,14 +125,16 @@ class LlamaModel:
             attended = attend(index, qkv)
             if index == len(self._layers) - 1:
                 hidden, attended = hidden[sample_rows], attended[sample_rows]
-            normed = operations.add_rms_norm(hidden, layer.output(attended), layer.post_norm, eps)
-            delta = layer.down(operations.silu_and_multiply(layer.gate_up(normed)))
+            delta = shard.sum(layer.output(attended))
+            normed = operations.add_rms_norm(hidden, delta, layer.post_norm, eps)
+            delta = shard.sum(layer.down(operations.silu_and_multiply(layer.gate_up(normed))))
         return hidden if delta is None else hidden.add_(delta)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Next-token logits of hidden states [n, hidden_size]: [n, vocab_size], in the dtype."""
-        eps = self.config.rms_norm_eps
-        return self._head(self._operations.add_rms_norm(hidden, None, self._norm, eps))
+        config = self.config
+        normed = self._operations.add_rms_norm(hidden, None, self._norm, config.rms_norm_eps)
+        return self._shard.gather(self._head(normed), config.vocab_size)
 
     def _linears(self) -> Iterator[Linear]:
         yield self._head
@@ -129,17 +144,19 @@ class LlamaModel:
                     yield linear
 
     def _empty_layer(self) -> LlamaLayer:
-        config, dtype = self.config, self.dtype
+        config, dtype, adds_bias = self.config, self.dtype, self._shard.rank == 0
         hidden, inner = config.hidden_size, config.intermediate_size
         queries = config.num_heads * config.head_dim
         qkv = queries + 2 * config.num_kv_heads * config.head_dim
         return LlamaLayer(
             input_norm=torch.empty(hidden, dtype=dtype),
             qkv=Linear(hidden, qkv, dtype=dtype, bias=config.attention_bias),
-            output=Linear(queries, hidden, dtype=dtype, bias=config.attention_output_bias),
+            output=Linear(
+                queries, hidden, dtype=dtype, bias=config.attention_output_bias and adds_bias
+            ),
             post_norm=torch.empty(hidden, dtype=dtype),
             gate_up=Linear(hidden, 2 * inner, dtype=dtype, bias=config.mlp_bias),
-            down=Linear(inner, hidden, dtype=dtype, bias=config.mlp_bias),
+            down=Linear(inner, hidden, dtype=dtype, bias=config.mlp_bias and adds_bias),
         )
 
     def _places(self) -> Iterator[tuple[str, torch.Tensor]]:

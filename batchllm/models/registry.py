@@ -9,6 +9,7 @@ from batchllm.errors import ModelError
 from batchllm.models.config import ModelConfig
 from batchllm.models.llama import Attend, LlamaModel
 from batchllm.models.operations import Operations
+from batchllm.models.parallel import WHOLE, Shard
 from batchllm.models.rope import RotaryEmbedding
 
 
@@ -48,14 +49,17 @@ _MODELS = {
 }
 
 
-def make_model(config: ModelConfig, dtype: torch.dtype, operations: Operations) -> Model:
-    """Create the model, weights still empty.
+def make_model(
+    config: ModelConfig, dtype: torch.dtype, operations: Operations, shard: Shard = WHOLE
+) -> Model:
+    """Create the model, or a shard of it, weights still empty.
 
     Raises:
         ModelError: the architecture is not supported.
+        UsageError: it cannot be cut into that many shards.
     """
     if config.architecture not in _MODELS:
         raise ModelError(
             f"architecture {config.architecture} is not supported; there are: {', '.join(_MODELS)}"
         )
-    return _MODELS[config.architecture](config, dtype, operations)
+    return _MODELS[config.architecture](config, dtype, operations, shard)

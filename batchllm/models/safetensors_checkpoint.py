@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from batchllm.errors import ModelError
 from batchllm.models.config import ModelConfig, token_ids
-from batchllm.models.layout import check_tensors, sampled_sha256
+from batchllm.models.layout import Cut, check_tensors, sampled_sha256, whole
 from batchllm.text.tokenizer import Tokenizer, first_line, read_json
 
 if TYPE_CHECKING:
@@ -79,7 +79,9 @@ class SafetensorsCheckpoint:
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_directory(self.path, eos_token_ids=self.config.eos_token_ids)
 
-    def weights(self, dtype: "torch.dtype | None" = None) -> Iterator[tuple[str, "torch.Tensor"]]:
+    def weights(
+        self, dtype: "torch.dtype | None" = None, cut: Cut = whole
+    ) -> Iterator[tuple[str, "torch.Tensor"]]:
         """Yield (canonical name, tensor) one at a time, as stored or converted to `dtype`."""
         from safetensors import SafetensorError, safe_open
 
@@ -91,8 +93,10 @@ class SafetensorsCheckpoint:
                 raise ModelError(f"{path}: cannot be read: {first_line(error)}") from None
             with opened as file:
                 for name in names:
-                    value = file.get_tensor(name)
-                    yield name, value if dtype is None else value.to(dtype)
+                    part = cut(name, self._tensors[name].shape)
+                    if part is not None:  # the tensor is a map of the file: the rest is not read
+                        value = file.get_tensor(name)[part]
+                        yield name, value if dtype is None else value.to(dtype)
 
     def identity(self) -> dict[str, str]:
         identity = {"format": "safetensors"}

@@ -27,6 +27,9 @@ def summary_text(summary: Mapping[str, Any]) -> str:
     if int(summary.get("windows", 0)) > 1:
         lost = f"{float(summary.get('window_lost_share', 0.0)):.2%}"
         lines.append(f"windows         {summary['windows']:,}, losing {lost} of what is shared")
+    if int(summary.get("replicas", 1)) > 1:
+        lost = f"{float(summary.get('division_lost_share', 0.0)):.2%}"
+        lines.append(f"replicas        {summary['replicas']:,}, losing {lost} of what is shared")
     if summary.get("pool_shrinks"):
         lines.append(
             f"memory          ran out {summary['pool_shrinks']:,} times; less KV after that"

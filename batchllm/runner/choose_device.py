@@ -26,6 +26,23 @@ def choose_device(asked: str, signs: tuple[Path, ...] = _SIGNS) -> str:
     )
 
 
+def check_gpus(device: str, count: int) -> None:
+    """See that there are as many GPUs as processes that are to have one each.
+
+    Raises:
+        UsageError: there are fewer.
+    """
+    if device != "cuda":
+        return
+    import torch
+
+    if (found := torch.cuda.device_count()) < count:
+        raise UsageError(
+            f"{count} processes need a GPU each, but torch can use {found}; see "
+            "--tensor-parallel-size and --data-parallel-size"
+        )
+
+
 def _torch_has_cuda() -> bool:
     import torch
 

@@ -13,6 +13,7 @@ from batchllm.models.config import ModelConfig
 from batchllm.models.fake_checkpoint import FAKE_MODEL, FakeCheckpoint
 from batchllm.models.native_operations import NativeOperations
 from batchllm.models.operations import Operations, TorchOperations
+from batchllm.models.parallel import WHOLE, Shard
 from batchllm.runner.choose_device import choose_device
 from batchllm.runner.dtype import choose_dtype
 from batchllm.runner.hash_runner import HashRunner
@@ -32,21 +33,22 @@ def load_runner(
     config: EngineConfig,
     max_model_len: int,
     clock: Clock | None = None,
+    shard: Shard = WHOLE,
 ) -> LoadedRunner:
-    """Load the weights, then size the KV cache by the memory that is left.
+    """Load the weights, or a shard of them, then size the KV cache by the memory that is left.
 
     The number of threads is torch's, so it holds for the whole process. A clock is for measuring.
     """
     threads = choose_threads(
         config.threads, available_cpus(), openmp_threads=torch.get_num_threads()
     )
-    torch.set_num_threads(threads.count)
+    torch.set_num_threads(max(threads.count // config.num_processes, 1))
     if isinstance(checkpoint, FakeCheckpoint):
         if clock is not None:
             raise UsageError(f"model {FAKE_MODEL!r} has nothing to measure")
         return _load_fake(checkpoint, config, max_model_len, threads)
     load = {"cpu": _load_on_cpu, "cuda": load_on_gpu}[choose_device(config.device)]
-    return load(checkpoint, config, max_model_len, threads, clock)
+    return load(checkpoint, config, max_model_len, threads, clock, shard)
 
 
 def _load_on_cpu(
@@ -55,8 +57,9 @@ def _load_on_cpu(
     max_model_len: int,
     threads: Threads,
     clock: Clock | None,
+    shard: Shard,
 ) -> LoadedRunner:
-    shape = checkpoint.config
+    shape = shard.config(checkpoint.config)
     name = choose_dtype(config, shape.dtype)
     dtype = getattr(torch, name)
     backend: AttentionBackend = make_backend(
@@ -75,8 +78,9 @@ def _load_on_cpu(
         backend, operations = TimedBackend(backend, clock), TimedOperations(operations, clock)
     if (kv_dtype := cache_dtype(config.kv_cache_dtype)) is not None:
         backend = RoundedBackend(backend, kv_dtype)  # in no less memory: its effect is to be seen
-    model = load_model(checkpoint, config, max_model_len, backend, operations, dtype, _CPU)
-    num_blocks = _num_blocks(shape, config, max_model_len, dtype)
+    model = load_model(checkpoint, config, max_model_len, backend, operations, dtype, _CPU, shard)
+    shard.least(0)  # the others may not have taken the memory of their weights yet
+    num_blocks = shard.least(_num_blocks(shape, config, max_model_len, dtype))
     cache = KVCache(
         num_layers=shape.num_layers,
         num_blocks=num_blocks,
@@ -104,7 +108,8 @@ def _num_blocks(
     block_bytes = config.block_size * kv_bytes_per_token(
         shape.num_layers, shape.num_kv_heads, shape.head_dim, dtype
     )
-    num_blocks = num_kv_blocks(config.kv_memory, block_bytes, free_memory())
+    free = free_memory() // config.num_processes
+    num_blocks = num_kv_blocks(config.kv_memory_each, block_bytes, free)
     return min(num_blocks, usable_blocks(config, "cpu", max_model_len))
 
 

@@ -15,6 +15,7 @@ from batchllm.models.checkpoint import Checkpoint
 from batchllm.models.device_operations import DeviceOperations
 from batchllm.models.flashinfer_operations import FlashInferOperations
 from batchllm.models.operations import Operations
+from batchllm.models.parallel import WHOLE, Shard
 from batchllm.runner.device import CudaDevice, Device
 from batchllm.runner.device_runner import DeviceRunner
 from batchllm.runner.dtype import choose_dtype
@@ -38,11 +39,14 @@ def load_on_gpu(
     max_model_len: int,
     threads: Threads,
     clock: Clock | None,
+    shard: Shard,
 ) -> LoadedRunner:
     """Load onto the current GPU, and record decode steps unless parts are timed."""
     device, recorder = CudaDevice(), CudaGraphs() if clock is None else None
     try:
-        return load_on_device(checkpoint, config, max_model_len, threads, clock, device, recorder)
+        return load_on_device(
+            checkpoint, config, max_model_len, threads, clock, device, recorder, shard
+        )
     except RuntimeError as error:
         if not ran_out_of_memory(error):
             raise
@@ -60,9 +64,10 @@ def load_on_device(
     clock: Clock | None,
     device: Device,
     recorder: Recorder | None,
+    shard: Shard = WHOLE,
 ) -> LoadedRunner:
     """Load the weights, run the fullest steps, and make KV of the memory that is left."""
-    shape, home = checkpoint.config, device.torch_device
+    shape, home = shard.config(checkpoint.config), device.torch_device
     kind = home.type
     limits = config.step_limits(kind)
     name = choose_dtype(config, shape.dtype)
@@ -87,7 +92,7 @@ def load_on_device(
     if clock is not None:
         clock.settle = device.synchronize
         backend, operations = TimedBackend(backend, clock), TimedOperations(operations, clock)
-    model = load_model(checkpoint, config, max_model_len, backend, operations, dtype, home)
+    model = load_model(checkpoint, config, max_model_len, backend, operations, dtype, home, shard)
     steps = FullestSteps.of(limits, max_model_len, config.block_size)
     cache = KVCache(
         num_layers=shape.num_layers,
@@ -117,9 +122,10 @@ def load_on_device(
     runner.resize(0)  # what they were tried with is room for KV, too
     free = device.free_memory() - needed - block_bytes
     wanted = min(
-        num_kv_blocks(config.kv_memory, block_bytes, free, share=_KV_SHARE),
+        num_kv_blocks(config.kv_memory_each, block_bytes, free, share=_KV_SHARE),
         usable_blocks(config, kind, max_model_len),
     )
+    wanted = shard.least(wanted)
     runner.resize(wanted)
     return LoadedRunner(
         runner,

@@ -7,6 +7,7 @@ from batchllm.config import EngineConfig
 from batchllm.models.checkpoint import Checkpoint
 from batchllm.models.dummy_checkpoint import DummyCheckpoint
 from batchllm.models.operations import Operations
+from batchllm.models.parallel import WHOLE, Shard
 from batchllm.models.registry import Model, make_model
 from batchllm.request import TokenIds
 from batchllm.runner.kv_cache import cache_dtype
@@ -23,11 +24,12 @@ def load_model(
     operations: Operations,
     dtype: torch.dtype,
     device: torch.device,
+    shard: Shard = WHOLE,
 ) -> Model:
     """Load the weights, one tensor at a time; round them if the config says so, and pack them."""
     with device:  # where new tensors go
-        model = make_model(checkpoint.config, dtype, operations)
-        model.load(checkpoint.weights(dtype))
+        model = make_model(checkpoint.config, dtype, operations, shard)
+        model.load(checkpoint.weights(dtype, shard.part))
         if config.quantization == "int8":
             tokens = _smoothing_tokens(checkpoint)[:max_model_len]
             kv_dtype = None if device.type == "cpu" else cache_dtype(config.kv_cache_dtype)

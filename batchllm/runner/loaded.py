@@ -1,12 +1,28 @@
 """What loading a checkpoint comes to."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from batchllm.config import EngineConfig
-from batchllm.runner.device_runner import DeviceRunner
-from batchllm.runner.hash_runner import HashRunner
 from batchllm.runner.threads import Threads
-from batchllm.runner.torch_runner import TorchRunner
+from batchllm.scheduler.batch import Batch, StepOutput
+
+
+class StepRunner(Protocol):
+    """Runs steps over a KV cache; see also `AheadRunner` (engine.py)."""
+
+    def execute(self, batch: Batch) -> StepOutput:
+        """Run one step."""
+        ...
+
+    def shrink(self, num_blocks: int) -> int:
+        """Go on with `num_blocks` of KV, or as many as there are; all that is held is lost."""
+        ...
+
+
+def _nothing() -> None:
+    pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,10 +34,11 @@ class LoadedRunner:
     Segments of KV must begin at multiples of `granularity`. `attention` names the backend; `slower`
     says why it is not the compiled one, where that was not the user's choice. `device` is `cpu` or
     `cuda`; `hardware` is the GPU's name, where the threads are not what computes.
-    `kv_bytes_per_token` is given where it is not what the dtype makes it.
+    `kv_bytes_per_token` is given where it is not what the dtype makes it. `threads` are those of
+    all processes that share the machine, and `close` ends those that belong to the runner.
     """
 
-    runner: TorchRunner | DeviceRunner | HashRunner
+    runner: StepRunner
     num_blocks: int
     wanted_blocks: int
     dtype: str
@@ -32,17 +49,7 @@ class LoadedRunner:
     device: str = "cpu"
     hardware: str | None = None
     kv_bytes_per_token: int | None = None
-
-    def warnings(self, num_blocks: int) -> list[str]:
-        """What is not as it could be, with `num_blocks` of KV at present."""
-        found = [
-            self.threads.warning,
-            self.slower and f"much slower than need be: {self.slower}",
-            num_blocks < self.wanted_blocks
-            and f"the system gave {num_blocks / self.wanted_blocks:.0%} of what was to be KV "
-            "memory; a limit may be set for the process (ulimit -v)",
-        ]
-        return [warning for warning in found if warning]
+    close: Callable[[], object] = _nothing
 
 
 def usable_blocks(config: EngineConfig, device: str, max_model_len: int) -> int:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from batchllm.prefix.divide import Rates
 from batchllm.scheduler.batch import Batch
 from batchllm.simulate.machine import Machine
 from batchllm.simulate.shape import ModelShape
@@ -110,6 +111,19 @@ class CostModel:
             head=steps * self.product(self._head, work.num_samples),
             attention=steps * attention,
             overhead=steps * apart,
+        )
+
+    def rates(self, prefill_tokens: int, decodes: int) -> Rates:
+        """What things add to a run with so many tokens in a prefill step, and so many decodes."""
+        machine = self._machine
+        prefill = self.product(self._body, prefill_tokens) + machine.step_seconds
+        decode = self.product(self._body, decodes) + self.product(self._head, decodes)
+        return Rates(
+            prompt_token=prefill / prefill_tokens + machine.token_seconds,
+            pair=self._pair_seconds,
+            output_token=(decode + machine.step_seconds) / decodes
+            + (machine.token_seconds + machine.sample_seconds),
+            read=self._read_seconds,
         )
 
     def product(self, parameters: int, num_tokens: int) -> float:

@@ -14,6 +14,7 @@ from fuzzing.mutate import NUMBERS, TEXTS
 
 _ENGINE = [
     *("dtype", "quantization", "policy", "sharing", "attention_backend", "threads", "kv_memory"),
+    *("tensor_parallel_size", "data_parallel_size", "machine_share"),
     *("max_model_len", "block_size", "max_num_batched_tokens", "max_num_seqs", "nothing", ""),
 ]
 _FLAGS = [
@@ -24,6 +25,7 @@ _FLAGS = [
     *("--max-errors", "--summary", "--reorder-fields", "--chat", "--no-chat", "--no-sharing"),
     *("--ignore-eos", "--quiet", "-q", "--nonsense", "--machine", "--model-shape", "--simulate"),
     *("--json", "--help", "--calibrate", "--load-format"),
+    *("--tensor-parallel-size", "--data-parallel-size"),
 ]
 _SWITCHES = {
     *("--reorder-fields", "--chat", "--no-chat", "--no-sharing", "--ignore-eos", "--quiet", "-q"),

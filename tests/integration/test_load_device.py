@@ -44,9 +44,11 @@ class CountingDevice(CpuDevice):
 def load_as_on_a_gpu(monkeypatch, recorder=None):
     """Let what would be loaded on the CPU be loaded as on a GPU."""
 
-    def as_on_a_gpu(checkpoint, config, max_model_len, threads, clock):
+    def as_on_a_gpu(checkpoint, config, max_model_len, threads, clock, shard):
         device = CountingDevice()
-        return load_on_device(checkpoint, config, max_model_len, threads, clock, device, recorder)
+        return load_on_device(
+            checkpoint, config, max_model_len, threads, clock, device, recorder, shard
+        )
 
     monkeypatch.setattr(load, "_load_on_cpu", as_on_a_gpu)
 

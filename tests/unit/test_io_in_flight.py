@@ -69,6 +69,16 @@ def test_who_ends_well_leaves_nothing(layout):
     assert list(layout.work.iterdir()) == []
 
 
+def test_a_crash_of_another_process_is_kept_for_the_next(layout):
+    record = InFlight(layout)
+    record.note(np.array([1, 2, 3]), alone=False)
+    record.note(np.array([2]), alone=True)
+    record.keep("Bus error")
+    record.close()
+    suspects = read_suspects(layout)
+    assert (suspects.set_aside.tolist(), suspects.reason) == ([2], "Bus error")
+
+
 def test_files_that_a_crash_left_half_done_suspect_nobody(layout):
     crash(layout, ([3], True))
     layout.in_flight.write_bytes(b"\xff" * 24)
