@@ -158,7 +158,7 @@ class DenseBackend:
 
     def __init__(self, width=64):
         self.width = width
-        self.updates = 0
+        self.updates = self.refusals = 0
 
     def plan(self, step, rotation, put=torch.from_numpy):
         seen = seen_slots(step)
@@ -220,6 +220,7 @@ class DensePlan:
         assert (items.query_end - items.query_begin)[items.own].max() == 1
         seen = seen_slots(step)
         if max(map(len, seen)) > self._backend.width:
+            self._backend.refusals += 1
             return False
         self._slots.fill(step.slots)
         self._counts.fill(lengths(seen))

@@ -94,11 +94,8 @@ class DeviceRunner:
     @torch.inference_mode()
     def submit(self, batch: Batch) -> PendingTokens:
         """Give the device one step to do, behind those it has."""
-        tokens = self._replay(batch)
-        if tokens is None:
-            draws = self._put_draws(batch.samples)
-            hidden = self._hidden(batch)
-            tokens = self._sample(hidden, draws)
+        draws = self._put_draws(batch.samples)
+        tokens = self._draw_tokens(batch, draws) if any(draws) else self._greedy_tokens(batch)
         tokens = tokens[: len(batch.samples)]
         self._feed.keep(tokens)
         return PendingTokens(tokens, self._device)
@@ -114,19 +111,19 @@ class DeviceRunner:
 
     shrink = resize
 
-    def _replay(self, batch: Batch) -> torch.Tensor | None:
-        """A step that is recorded to its very end: its tokens."""
-        used = np.unique(batch.samples.params_index)
-        if self._graphs is None or not all(batch.samples.params[i].greedy for i in used):
-            return None
-        return self._graphs.greedy_tokens(batch)
+    def _greedy_tokens(self, batch: Batch) -> torch.Tensor:
+        tokens = None if self._graphs is None else self._graphs.greedy_tokens(batch)
+        return self._sample_greedily(self._layers(batch)) if tokens is None else tokens
 
-    def _hidden(self, batch: Batch) -> torch.Tensor:
-        """Send all that was put, and run the layers: [num_samples (at least 1), hidden_size]."""
+    def _draw_tokens(self, batch: Batch, draws: list[list[Draws]]) -> torch.Tensor:
         hidden = None if self._graphs is None else self._graphs.hidden(batch)
-        if hidden is not None:
-            self._stager.send()
-            return hidden
+        if hidden is None:
+            return self._sample(self._layers(batch), draws)
+        self._stager.send()
+        return self._sample(hidden, draws)
+
+    def _layers(self, batch: Batch) -> torch.Tensor:
+        """Send all that was put, and run the layers: [num_samples (at least 1), hidden_size]."""
         step, put = build_model_input(batch, self._block_size), self._stager.put
         token_ids, positions = put(step.token_ids), put(step.positions)
         # Kernels dislike to be given nothing at all.

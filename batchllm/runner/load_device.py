@@ -12,6 +12,7 @@ from batchllm.config import EngineConfig
 from batchllm.errors import UsageError
 from batchllm.flashinfer_library import load_flashinfer
 from batchllm.models.checkpoint import Checkpoint
+from batchllm.models.config import ModelConfig
 from batchllm.models.device_operations import DeviceOperations
 from batchllm.models.flashinfer_operations import FlashInferOperations
 from batchllm.models.operations import Operations
@@ -68,22 +69,11 @@ def load_on_device(
 ) -> LoadedRunner:
     """Load the weights, run the fullest steps, and make KV of the memory that is left."""
     shape, home = shard.config(checkpoint.config), device.torch_device
-    kind = home.type
-    limits = config.step_limits(kind)
+    limits = config.step_limits(home.type)
     name = choose_dtype(config, shape.dtype)
     dtype = getattr(torch, name)
-    if kind != "cpu" and name != "bfloat16" and config.attention_backend != "reference":
-        raise UsageError(f"dtype is {name}, but fast attention on a GPU computes in bfloat16")
-    kv_dtype = cache_dtype(config.kv_cache_dtype)
-    backend: AttentionBackend = make_backend(
-        config.attention_backend,
-        config.block_size,
-        shape.head_dim,
-        heads=Heads(shape.num_heads, shape.num_kv_heads, shape.head_dim),
-        kv_dtype=kv_dtype,
-        deterministic=config.deterministic,
-        device=kind,
-    )
+    kv_dtype = cache_dtype(config.kv_cache_dtype) or dtype
+    backend = _backend(config, shape, home.type, name)
     operations: Operations = DeviceOperations()
     draw: Draw = draw_all_sorted
     if (flashinfer := _flashinfer(backend)) is not None:  # whoever attends, it takes the rest
@@ -100,7 +90,7 @@ def load_on_device(
         block_size=config.block_size,
         num_kv_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,
-        dtype=kv_dtype or dtype,
+        dtype=kv_dtype,
         allocate=memory_of(home),
     )
     runner = DeviceRunner(
@@ -115,15 +105,13 @@ def load_on_device(
         draw=draw,
     )
     needed = _bytes_for_steps(runner, steps, device, is_recorded=isinstance(backend, GraphBackend))
-    kv_bytes = kv_bytes_per_token(
-        shape.num_layers, shape.num_kv_heads, shape.head_dim, kv_dtype or dtype
-    )
+    kv_bytes = kv_bytes_per_token(shape.num_layers, shape.num_kv_heads, shape.head_dim, kv_dtype)
     block_bytes = config.block_size * kv_bytes
     runner.resize(0)  # what they were tried with is room for KV, too
     free = device.free_memory() - needed - block_bytes
     wanted = min(
         num_kv_blocks(config.kv_memory_each, block_bytes, free, share=_KV_SHARE),
-        usable_blocks(config, kind, max_model_len),
+        usable_blocks(config, home.type, max_model_len),
     )
     wanted = shard.least(wanted)
     runner.resize(wanted)
@@ -136,9 +124,23 @@ def load_on_device(
         backend.name,
         None,
         backend.granularity,
-        kind,
+        home.type,
         str(device),
         kv_bytes_per_token=kv_bytes,
+    )
+
+
+def _backend(config: EngineConfig, shape: ModelConfig, device: str, dtype: str) -> AttentionBackend:
+    if device != "cpu" and dtype != "bfloat16" and config.attention_backend != "reference":
+        raise UsageError(f"dtype is {dtype}, but fast attention on a GPU computes in bfloat16")
+    return make_backend(
+        config.attention_backend,
+        config.block_size,
+        shape.head_dim,
+        heads=Heads(shape.num_heads, shape.num_kv_heads, shape.head_dim),
+        kv_dtype=cache_dtype(config.kv_cache_dtype),
+        deterministic=config.deterministic,
+        device=device,
     )
 
 

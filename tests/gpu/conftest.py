@@ -10,6 +10,5 @@ def gpu():
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     yield
-    torch.cuda.set_sync_debug_mode("default")
     gc.collect()
     torch.cuda.empty_cache()

@@ -187,8 +187,9 @@ def test_a_context_that_does_not_fit_a_recording_is_run_without(model, device_mo
     monkeypatch.setattr(decode_graphs, "_RUNS_BEFORE", 0)
     recorder, backend = TapeRecorder(), DenseBackend(width=14)
     rows = [([1, 0] * 4 + [i % 2], 12, 0) for i in range(5)]
-    Both(model, device_runner(device_model, backend, recorder)).run(requests(rows))
+    both = Both(model, device_runner(device_model, backend, recorder)).run(requests(rows))
     assert 0 < backend.updates < 12
+    assert backend.refusals == both.decode_steps - backend.updates  # each asked for once
 
 
 def test_batches_are_filled_up_to_few_sizes():
