@@ -165,9 +165,9 @@ def test_threads_are_set_before_the_weights_are_loaded(tiny_model, monkeypatch):
     before, seen = torch.get_num_threads(), []
     weights = SafetensorsCheckpoint.weights
 
-    def look(checkpoint, dtype):
+    def look(checkpoint, *arguments):
         seen.append(torch.get_num_threads())
-        return weights(checkpoint, dtype)
+        return weights(checkpoint, *arguments)
 
     monkeypatch.setattr(SafetensorsCheckpoint, "weights", look)
     try:

@@ -5,9 +5,8 @@ started in no time: all but their engine is as always (see stub_replica.py).
 """
 
 import json
-import subprocess
-import sys
-import time
+import os
+import signal
 
 import psutil
 import pyarrow as pa
@@ -16,16 +15,11 @@ import pytest
 from cli_runs import answers, invoke
 from process_checks import gone, hard_limit, tests_on_path
 
-from batchllm import LLM, SamplingParams
+from batchllm import LLM, SamplingParams, replicas
+from batchllm.replica_messages import Kept
 
 pytestmark = pytest.mark.usefixtures(hard_limit.__name__, tests_on_path.__name__)
 ROWS = 60
-_JOB = """
-from batchllm import replicas
-replicas._REPLICA = "stub_replica"
-from batchllm.cli import main
-main()
-"""
 
 
 @pytest.fixture
@@ -90,20 +84,18 @@ def test_after_a_crash_the_rows_in_flight_are_answered_one_at_a_time(
 
 def test_processes_end_with_the_job_that_is_asked_to_stop(source, tmp_path, expected, monkeypatch):
     monkeypatch.setenv("TEST_REPLICAS", "1 waits")
-    output = tmp_path / "o.parquet"
-    command = [sys.executable, "-c", _JOB, *map(str, words(source, output))]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as job:
-        in_flight = tmp_path / ".o.parquet.batchllm" / "in-flight"
-        while not in_flight.exists() or in_flight.stat().st_size == 0:
-            assert job.poll() is None
-            time.sleep(0.01)
-        processes = psutil.Process(job.pid).children()
-        assert len(processes) >= 2
-        job.terminate()
-        job.wait()
-        said = job.stderr.read()
-    assert job.returncode == 130 and "the same command goes on" in said
-    assert gone(processes)
+    output, take = tmp_path / "o.parquet", replicas._take
+
+    def take_and_stop(replica, message, *rest):
+        take(replica, message, *rest)
+        if isinstance(message, Kept):
+            os.kill(os.getpid(), signal.SIGTERM)
+            monkeypatch.setattr(replicas, "_take", take)  # a second one would end pytest
+
+    monkeypatch.setattr(replicas, "_take", take_and_stop)
+    stopped = invoke(*words(source, output))
+    assert stopped.exit_code == 130 and "the same command goes on" in stopped.stderr
+    assert gone(psutil.Process().children())
     monkeypatch.setenv("TEST_REPLICAS", "")
     resumed = invoke(*words(source, output))
     assert resumed.exit_code == 0 and "going on after " in resumed.stderr

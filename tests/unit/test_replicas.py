@@ -2,7 +2,7 @@
 
 import pickle
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -123,18 +123,6 @@ def test_all_is_answered_and_told(monkeypatch):
             assert answers.metrics == Metrics(rows=60, steps=9, peak_kv_blocks=21)
 
 
-def test_few_rows_do_with_few_replicas_and_one_at_a_time_means_one(monkeypatch):
-    with started(monkeypatch) as replicas:
-        check(replicas.answer(REQUESTS[:2], LIMITS, COSTS, Watch()).outputs, REQUESTS[:2])
-        assert replicas.answer([], LIMITS, COSTS, Watch()).outputs == []
-        seen = Seen()
-        alone = SchedulerLimits(
-            **{n: getattr(LIMITS, n) for n in LIMITS.__slots__} | {"max_num_seqs": 1}
-        )
-        check(replicas.answer(REQUESTS, alone, COSTS, seen.watch()).outputs)
-        assert seen.notes == ["replica 1: 60 rows, 1 at once"]
-
-
 @pytest.mark.parametrize(
     ("fates", "dead"), [("1 dies 9 of 4", [2]), ("0 dies 15 of 0,2 dies 9 of 9", [1, 3])]
 )
@@ -152,8 +140,14 @@ def test_what_a_killed_one_leaves_is_answered_by_the_others(monkeypatch, fates, 
         assert len(again.notes) == 3 - len(dead)
 
 
-def test_one_that_is_killed_while_nothing_is_asked_is_missed_as_little(monkeypatch):
+def test_few_rows_do_with_few_replicas_one_at_a_time_means_one_and_the_idle_may_die(monkeypatch):
     with started(monkeypatch) as replicas:
+        check(replicas.answer(REQUESTS[:2], LIMITS, COSTS, Watch()).outputs, REQUESTS[:2])
+        assert replicas.answer([], LIMITS, COSTS, Watch()).outputs == []
+        seen = Seen()
+        alone = replace(LIMITS, max_num_seqs=1)
+        check(replicas.answer(REQUESTS, alone, COSTS, seen.watch()).outputs)
+        assert seen.notes == ["replica 1: 60 rows, 1 at once"]
         psutil.Process(replicas._alive[1].child.pid).kill()
         check(replicas.answer(REQUESTS, LIMITS, COSTS, Watch()).outputs)
 
