@@ -1,12 +1,14 @@
 """Tables, right answers and checks for tests that run a scheduler with the fake model."""
 
+from dataclasses import replace
+
 import numpy as np
 from hypothesis import strategies as st
 
 from batchllm.engine import Engine
 from batchllm.request import Request, SamplingParams
 from batchllm.runner.fake_runner import fake_token
-from batchllm.runner.model_input import fill_carried
+from batchllm.scheduler.batch import NO_TOKEN
 
 MAX_MODEL_LEN = 64
 EOS = frozenset({7})
@@ -21,6 +23,20 @@ def tables(tokens):
 
 ROWS = tables([0, 1])
 POISONED_ROWS = tables([0, 1] * 9 + [2])
+
+
+def fill_carried(batch, sampled):
+    """The batch with its carried tokens in their places.
+
+    `sampled` int32 [num_samples of the batch before it] are that one's tokens. Where one has none,
+    the 0 stays: what comes of it is discarded, but -1 would be no row of an embedding.
+    """
+    if len(batch.carried) == 0:
+        return batch
+    token_ids = batch.token_ids.copy()
+    tokens = sampled[batch.carried.sample]
+    token_ids[batch.carried.token] = np.where(tokens == NO_TOKEN, 0, tokens)
+    return replace(batch, token_ids=token_ids)
 
 
 class LateRunner:

@@ -45,18 +45,18 @@ class CudaBackend:
         self,
         block_size: int,
         heads: Heads,
-        library: CudaLibrary,
+        kernels: CudaLibrary,
         *,
         kv_dtype: torch.dtype = torch.bfloat16,
         costs: UnitCosts | None = None,
     ) -> None:
         _check_sizes(block_size, heads, kv_dtype)
-        self.name = "cuda (emulated)" if library.is_emulated else "cuda"
-        self.library = library
+        self.name = "cuda (emulated)" if kernels.is_emulated else "cuda"
+        self.kernels = kernels
         self.heads = heads
         self.kv_dtype = kv_dtype
         self.block_size = block_size
-        self.num_blocks = library.resident_blocks(heads.head_dim, kv_dtype)
+        self.num_blocks = kernels.resident_blocks(heads.head_dim, kv_dtype)
         self.costs = costs or UnitCosts()
 
     def plan(
@@ -96,13 +96,18 @@ class CudaBackend:
 
 
 def make_cuda(block_size: int, heads: Heads | None, kv_dtype: torch.dtype | None) -> CudaBackend:
-    """With the kernels that were compiled with batchllm, for these heads.
+    """With the kernels that were compiled with batchllm, for these heads, measured on the GPU.
 
     Raises:
         UsageError: there are none, or no GPU, or they cannot do these sizes.
     """
+    from batchllm.attention.cuda_timing import gpu_seconds, with_measured_costs
+
     assert heads is not None
-    return CudaBackend(block_size, heads, load_cuda_library(), kv_dtype=kv_dtype or torch.bfloat16)
+    kernels = load_cuda_library()
+    backend = CudaBackend(block_size, heads, kernels, kv_dtype=kv_dtype or torch.bfloat16)
+    backend.costs = with_measured_costs(backend, torch.device("cuda"), gpu_seconds)
+    return backend
 
 
 def arrays_of(work: WorkPlan, step: ModelInput) -> dict[str, NDArray[Any]]:
@@ -150,7 +155,7 @@ class CudaPlan:
             Array.of(qkv), Array.of_bytes(keys), Array.of_bytes(values), Array.of(out)
         )
         stream = torch.cuda.current_stream().cuda_stream if qkv.is_cuda else 0
-        backend.library.attention(self._step, layer, heads.head_dim, backend.num_blocks, stream)
+        backend.kernels.attention(self._step, layer, heads.head_dim, backend.num_blocks, stream)
         return out
 
 

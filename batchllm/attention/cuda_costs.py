@@ -37,7 +37,7 @@ def measure_costs(
         return time_step(_decodes(queries, keys, block_size), queries, _ALONG)
 
     def shared(groups: int, keys: int) -> float:
-        return time_step(_groups(groups, size, keys, block_size), groups * size, _APART)
+        return time_step(grouped_decodes(groups, size, keys, block_size), groups * size, _APART)
 
     short = alone(count, _SHORT)
     small = (alone(count, _LONG) - short) / (_LONG - _SHORT) / count
@@ -61,7 +61,7 @@ def _decodes(count: int, keys: int, block_size: int) -> AttentionItems:
     return _items(np.arange(count), np.arange(count) + 1, keys, np.ones(count, bool), block_size)
 
 
-def _groups(count: int, size: int, keys: int, block_size: int) -> AttentionItems:
+def grouped_decodes(count: int, size: int, keys: int, block_size: int) -> AttentionItems:
     """Groups of decodes with a segment in common and a token of their own."""
     queries = np.arange(count * size)
     first = np.arange(count) * size

@@ -70,7 +70,7 @@ class FlashInferBackend:
                 f"{heads.head_dim}"
             )
         self.name = name
-        self.library = library
+        self.flashinfer = library
         self._computed = Computed(heads, dtype)
         self._block_size = block_size
         self._fold_below = fold_below
@@ -86,8 +86,8 @@ class FlashInferBackend:
         wrappers.copies.wait()
         planned = self._plan(calls, wrappers, put)
         wrappers.copies.mark(rotation.cos.device)
-        write = Write(self.library, put(step.slots.astype(np.int32)))
-        return FlashInferPlan(self.library, planned, write, rotation, self._computed.dtype)
+        write = Write(self.flashinfer, put(step.slots.astype(np.int32)))
+        return FlashInferPlan(self.flashinfer, planned, write, rotation, self._computed.dtype)
 
     def graph_plan(
         self, max_num_tokens: int, rotation: Rotation, reserve: Reserve
@@ -96,7 +96,7 @@ class FlashInferBackend:
         assert len(rotation.cos) == max_num_tokens
         levels = 0 if self._fold_below == inf else _GRAPH_LEVELS
         return FlashInferGraphPlan(
-            self.library,
+            self.flashinfer,
             self._wrappers_on(rotation.cos.device),
             GraphMemory(levels, rotation.cos.device),
             self._computed,
@@ -107,7 +107,7 @@ class FlashInferBackend:
 
     def _wrappers_on(self, device: torch.device) -> Wrappers:
         if self._wrappers is None:
-            self._wrappers = Wrappers(self.library, device)
+            self._wrappers = Wrappers(self.flashinfer, device)
         return self._wrappers
 
     def _plan(self, calls: StepCalls, wrappers: Wrappers, put: Put) -> "PlannedStep":

@@ -31,6 +31,7 @@ from batchllm.sampling.flashinfer_draw import FlashInferDraw
 from batchllm.sampling.sampler import Draw, draw_all_sorted
 
 _KV_SHARE = 0.95  # of what the fullest steps leave; the rest is for gaps between what is in use
+_TRIED_SIZE = 64  # of a row, to see whether FlashInfer runs
 _GRAPHS_BYTES = 512 << 20  # the driver's, for the recordings of all sizes
 
 
@@ -76,7 +77,7 @@ def load_on_device(
     backend = _backend(config, shape, home.type, name)
     operations: Operations = DeviceOperations()
     draw: Draw = draw_all_sorted
-    if (flashinfer := _flashinfer(backend)) is not None:  # whoever attends, it takes the rest
+    if (flashinfer := _flashinfer(backend, home)) is not None:  # whoever attends, it takes the rest
         operations = FlashInferOperations(operations, flashinfer)
         draw = FlashInferDraw(flashinfer)
     if clock is not None:
@@ -144,14 +145,17 @@ def _backend(config: EngineConfig, shape: ModelConfig, device: str, dtype: str) 
     )
 
 
-def _flashinfer(backend: AttentionBackend) -> Any:  # noqa: ANN401  # a package without types
-    """FlashInfer, as the backend has it or as it is installed; else None."""
+def _flashinfer(backend: AttentionBackend, device: torch.device) -> Any:  # noqa: ANN401
+    """FlashInfer, as the backend has it, or as it is installed and runs; else None."""
     if isinstance(backend, FlashInferBackend):
-        return backend.library
+        return backend.flashinfer
     try:
-        return load_flashinfer()
-    except UsageError:
+        library = load_flashinfer()
+        rows = torch.ones(1, _TRIED_SIZE, dtype=torch.bfloat16, device=device)
+        library.rmsnorm(rows, rows[0])  # its kernels are compiled at first use, where they can be
+    except (UsageError, RuntimeError, OSError):
         return None
+    return library
 
 
 def _bytes_for_steps(

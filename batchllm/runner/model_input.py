@@ -1,12 +1,12 @@
 """From a batch to the flat index arrays that a model runs on."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from batchllm.request import TokenIds
-from batchllm.scheduler.batch import NO_TOKEN, Batch, Samples
+from batchllm.scheduler.batch import Batch, Samples
 
 Ints = NDArray[np.int64]
 
@@ -57,20 +57,6 @@ class ModelInput:
     items: AttentionItems
     sample_rows: Ints
     samples: Samples
-
-
-def fill_carried(batch: Batch, sampled: TokenIds) -> Batch:
-    """The batch with its carried tokens in their places.
-
-    `sampled` int32 [num_samples of the batch before it] are that one's tokens. Where one has none,
-    the 0 stays: what comes of it is discarded, but -1 would be no row of an embedding.
-    """
-    if len(batch.carried) == 0:
-        return batch
-    token_ids = batch.token_ids.copy()
-    tokens = sampled[batch.carried.sample]
-    token_ids[batch.carried.token] = np.where(tokens == NO_TOKEN, 0, tokens)
-    return replace(batch, token_ids=token_ids)
 
 
 def build_model_input(batch: Batch, block_size: int) -> ModelInput:

@@ -20,8 +20,10 @@ from hypothesis import strategies as st
 
 from batchllm.attention.backend import Heads, make_backend
 from batchllm.attention.cuda import CudaBackend
+from batchllm.attention.cuda_costs import grouped_decodes
 from batchllm.attention.cuda_library import CudaLibrary
 from batchllm.attention.cuda_plan import UnitCosts
+from batchllm.attention.cuda_timing import with_measured_costs
 from batchllm.errors import UsageError
 from batchllm.models.device_operations import DeviceOperations
 from batchllm.models.rope import Rotation
@@ -250,6 +252,28 @@ def test_a_model_samples_as_with_the_reference(library, monkeypatch):
     run_all(requests([([i % 7, 1, i % 3] * (1 + i % 3), 4 + i, 0) for i in range(15)]), Pair())
     assert recorder.repeated > 5
     assert sum(same) / len(same) > 0.95
+
+
+def test_costs_are_measured_with_the_kernel_itself(library, monkeypatch):
+    backend = CudaBackend(16, heads(2, 2, 64), library)
+    planned_with = UnitCosts(large_key=3.0)
+    calls = []
+
+    def clock(call):
+        call()
+        calls.append(backend.costs)
+        return float(len(calls))
+
+    def measure(time_step, **sizes):
+        assert sizes.pop("num_blocks") == backend.num_blocks
+        assert sizes == {"group": 2, "num_kv_heads": 2, "block_size": 16}
+        seconds = time_step(grouped_decodes(2, 3, 40, 16), 6, planned_with)
+        return UnitCosts(unit=seconds)
+
+    monkeypatch.setattr("batchllm.attention.cuda_timing.measure_costs", measure)
+    costs = with_measured_costs(backend, torch.device("cpu"), clock)
+    assert costs == UnitCosts(unit=3.0)  # the median of five
+    assert calls == [planned_with] * 5 and backend.costs == UnitCosts()
 
 
 def test_a_step_without_room_is_left_to_others(library):

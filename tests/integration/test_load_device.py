@@ -17,6 +17,7 @@ from batchllm.runner.fullest_steps import FullestSteps
 from batchllm.runner.load_device import load_on_device
 from batchllm.runner.model_input import build_model_input
 from batchllm.runner.timed import Clock
+from batchllm.sampling.sampler import draw_all_sorted
 
 PROMPTS = [f"the same beginning, number {i % 7} {'x' * (i % 5)}" for i in range(14)]
 PARAMS = [SamplingParams(max_tokens=8, temperature=0.9 * (i % 2), top_k=i % 3) for i in range(14)]
@@ -182,3 +183,26 @@ def test_a_step_that_never_fits_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr("batchllm.runner.load_device.load_model", never)
     with pytest.raises(UsageError, match="--max-num-batched-tokens"):
         LLM(model, config=EngineConfig(attention_backend="reference"))
+
+
+@pytest.mark.parametrize("error", [RuntimeError("ninja failed"), OSError("no nvcc"), None])
+def test_flashinfers_row_kernels_are_taken_where_they_compile(
+    on_device, tiny_model, monkeypatch, error
+):
+    taken = []
+
+    class Library:
+        @staticmethod
+        def rmsnorm(rows, weight):
+            if error is not None:
+                raise error
+
+    def operations(within, library):
+        taken.append(library)
+        return within
+
+    monkeypatch.setattr(load_device, "load_flashinfer", lambda: Library)
+    monkeypatch.setattr(load_device, "FlashInferOperations", operations)
+    monkeypatch.setattr(load_device, "FlashInferDraw", lambda library: draw_all_sorted)
+    LLM(tiny_model, **OPTIONS)
+    assert taken == ([Library] if error is None else [])

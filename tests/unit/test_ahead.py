@@ -14,6 +14,7 @@ from scheduling import (
     LateRunner,
     driver,
     expected_answer,
+    fill_carried,
     requests,
 )
 
@@ -21,7 +22,7 @@ from batchllm.engine import Engine
 from batchllm.errors import OutOfMemoryError
 from batchllm.prefix.plan import plan_requests
 from batchllm.runner.fake_runner import FakeRunner
-from batchllm.runner.model_input import build_model_input, fill_carried
+from batchllm.runner.model_input import build_model_input
 from batchllm.scheduler.batch import NO_TOKEN, StepOutput
 from batchllm.scheduler.expected import Expected
 from batchllm.scheduler.factory import SchedulerLimits, make_scheduler

@@ -29,7 +29,8 @@ ALLOWED = {
     "models": {"errors", "request", "text", "native", "flashinfer_library", "models"},
     "native": {"native"},
     "attention": {
-        *("errors", "request", "models", "native", "flashinfer_library", "attention", "runner"),
+        *("errors", "request", "scheduler", "models", "native", "flashinfer_library"),
+        *("attention", "runner"),
     },
     "sampling": {"errors", "request", "scheduler", "flashinfer_library", "sampling"},
     "runner": {

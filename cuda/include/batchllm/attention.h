@@ -5,51 +5,20 @@
 // what private ones by few, and where a long one is cut in pieces is planned on the host; here a
 // shared segment, a row's own tokens and a prefill chunk are the same thing.
 //
-// Keys and values come 64 tokens at a time through two buffers in shared memory; those of eight bits
-// are widened to bfloat16 there, which is exact, and the scales of int8 are multiplied with scores
-// and weights. A large unit has
-// up to 64 rows, 16 to a warp, and each warp multiplies them with all 64 keys. A small one has 16
-// rows, which all four warps share, each with 16 of the keys; their results are joined at the end.
-// Softmax is online, in base 2 (FlashAttention-2, arXiv 2307.08691); sums are float32.
+// Keys and values come 64 tokens at a time (kv_tiles.h); the scales of int8 are multiplied with
+// scores and weights. A large unit has up to 64 rows, 16 to a warp, and each warp multiplies them
+// with all 64 keys. A small one has 16 rows, which all four warps share, each with 16 of the keys;
+// their results are joined at the end. Softmax is online, in base 2 (FlashAttention-2, arXiv 2307.08691); sums are float32.
 #pragma once
 
-#include "kv_types.h"
+#include "kv_tiles.h"
 
 namespace batchllm {
-
-constexpr int kThreads = 128;
-constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kTileKeys = 64;
-constexpr int kWarpRows = 16;
-constexpr int32_t kNowhere = -1;
-constexpr float kMinusInfinity = -__builtin_inff();
-
-// Shared memory, in bytes.
-template <int HeadDim, KvType Type>
-struct AttentionLayout {
-    static constexpr bool kIsWide = Type == KvType::kBfloat16;
-    static constexpr int kRow = HeadDim + 8;  // an odd number of 16-byte pieces: no bank conflicts
-    static constexpr int kTile = 2 * kTileKeys * kRow;
-    static constexpr int kCopiedRow = kIsWide ? 2 * kRow : HeadDim;  // bytes
-    static constexpr int kCopied = kTileKeys * kCopiedRow;
-    // Tiles as they are multiplied; as they are copied, two each of keys and values; slots; scales.
-    static constexpr int kCopiedAt = kIsWide ? 0 : 2 * kTile;
-    static constexpr int kStages = 3;  // tiles whose slots are known
-    static constexpr int kSlotsAt = kCopiedAt + 4 * kCopied;
-    static constexpr int kScalesAt = kSlotsAt + 4 * kStages * kTileKeys;
-    static constexpr int kScales = 4 * kStages * kTileKeys;  // of keys; those of values follow
-    static constexpr int kTakenAt = kScalesAt + (Type == KvType::kInt8 ? 2 * kScales : 0);
-    static constexpr int kBytes = kTakenAt + 16;
-    static constexpr int kJoinRow = HeadDim + 2;
-    static_assert(HeadDim % 16 == 0 && kTileKeys * HeadDim / 16 % kThreads == 0);
-    static_assert(4 * kWarps * kWarpRows * (kJoinRow + 2) <= kSlotsAt);
-};
 
 // One block's work on one unit.
 template <int HeadDim, KvType Type>
 class UnitAttention {
     using Layout = AttentionLayout<HeadDim, Type>;
-    using Cache = KvLayout<HeadDim, Type>;
     static constexpr int kDepths = HeadDim / 16;  // of a product with a row of a head
     static constexpr int kOutTiles = HeadDim / 8;
 
@@ -60,9 +29,7 @@ public:
         : step_(step), layer_(layer), unit_(unit), kv_head_(kv_head),
           group_(step.num_heads / step.num_kv_heads), num_rows_(unit.num_queries * group_),
           thread_(thread_index()), warp_(thread_ / kWarpSize), lane_(thread_ % kWarpSize),
-          cache_{step.num_kv_heads, step.block_shift}, memory_(shared_memory<unsigned char>()),
-          slots_((memory_ + Layout::kSlotsAt).template as<int32_t>()),
-          scales_((memory_ + Layout::kScalesAt).template as<float>()), read_(unit.read_begin) {}
+          tiles_(step, layer, unit, kv_head) {}
 
     // All threads have met since another unit's memory was read.
     BATCHLLM_DEVICE void run() {
@@ -73,20 +40,9 @@ public:
             const int query = row_[i] / group_;
             limit_[i] = min(unit_.key_end, unit_.visible + query * unit_.causal);
         }
-        const int num_tiles = (unit_.key_end - unit_.key_begin + kTileKeys - 1) / kTileKeys;
-        find_slot(0);
-        if (num_tiles > 1) find_slot(1);
-        barrier();
-        fetch(0);
-        for (int tile = 0; tile < num_tiles; ++tile) {
-            copy_async_wait<0>();
-            barrier();  // this tile is there, and nobody reads the one before any more
-            if (tile + 1 < num_tiles) fetch(tile + 1);
-            if (tile + 2 < num_tiles) find_slot(tile + 2);
-            if constexpr (!Layout::kIsWide) {
-                widen_tile(tile);
-                barrier();
-            }
+        tiles_.start();
+        for (int tile = 0; tile < tiles_.count(); ++tile) {
+            tiles_.next(tile);
             if (unit_.is_small) {
                 attend<kTileKeys / kWarps>(tile, warp_ * (kTileKeys / kWarps));
             } else if (first_row < num_rows_) {
@@ -123,84 +79,11 @@ private:
         }
     }
 
-    // Where a tile's keys lie in the cache, in pieces of 16 bytes, which for up to 64 GiB a layer
-    // takes 32 bits; kNowhere behind the last one. Each of the first threads follows one key of
-    // every tile, and so never goes back in the reads.
-    BATCHLLM_DEVICE void find_slot(int tile) {
-        if (thread_ >= kTileKeys) return;
-        const int key = unit_.key_begin + tile * kTileKeys + thread_;
-        const int at = tile % Layout::kStages * kTileKeys + thread_;
-        const bool is_there = key < unit_.key_end;
-        int64_t block = 0;
-        int place = 0;
-        if (is_there) {
-            while (read_ + 1 < unit_.read_end && key >= step_.read_key[read_ + 1]) ++read_;
-            const int index = key - step_.read_key[read_];
-            block = step_.block_ids[step_.read_block[read_] + (index >> step_.block_shift)];
-            place = index & ((1 << step_.block_shift) - 1);
-        }
-        slots_[at] = is_there ? static_cast<int32_t>(cache_.row(block, place) / 16) : kNowhere;
-        if constexpr (Cache::kHasScales) {  // they arrive with their tile
-            const uint32_t from = static_cast<uint32_t>(cache_.scale(block, place) / 4) + kv_head_;
-            const int to = Layout::kScalesAt + 4 * at;
-            copy_async<4>(memory_ + to, layer_.keys, from, !is_there);
-            copy_async<4>(memory_ + (to + Layout::kScales), layer_.values, from, !is_there);
-        }
-    }
-
-    // Start copying a tile. Nothing is read for keys that are not there: a NaN times 0 is a NaN.
-    BATCHLLM_DEVICE void fetch(int tile) {
-        constexpr int kPieces = Cache::kRowBytes / 16;
-        const int buffer = Layout::kCopiedAt + tile % 2 * Layout::kCopied;
-#pragma unroll 4
-        for (int turn = 0; turn < kTileKeys * kPieces / kThreads; ++turn) {
-            const int i = turn * kThreads + thread_;
-            const int key = i / kPieces, piece = i % kPieces;
-            const int slot = slots_[tile % Layout::kStages * kTileKeys + key];
-            const bool is_there = slot != kNowhere;
-            const uint32_t from =
-                is_there ? static_cast<uint32_t>(slot) + kv_head_ * kPieces + piece : 0;
-            const int to = buffer + key * Layout::kCopiedRow + 16 * piece;
-            copy_async<16>(memory_ + to, layer_.keys, from, !is_there);
-            copy_async<16>(memory_ + (to + 2 * Layout::kCopied), layer_.values, from, !is_there);
-        }
-        copy_async_commit();
-    }
-
-    // From eight bits to what is multiplied, keys and values.
-    BATCHLLM_DEVICE void widen_tile(int tile) {
-        constexpr int kPieces = HeadDim / 16;
-#pragma unroll
-        for (int kind = 0; kind < 2; ++kind) {
-            const Shared<unsigned char> from =
-                memory_ + (Layout::kCopiedAt + (2 * kind + tile % 2) * Layout::kCopied);
-            const Shared<unsigned char> to = memory_ + kind * Layout::kTile;
-#pragma unroll 2
-            for (int turn = 0; turn < kTileKeys * kPieces / kThreads; ++turn) {
-                const int i = turn * kThreads + thread_;
-                const int key = i / kPieces, piece = i % kPieces;
-                const FourWords bytes = (from + 16 * i).template as<FourWords>()[0];
-                FourWords wide[2];
-                widen<Type>(bytes, wide);
-                const Shared<FourWords> row =
-                    (to + (2 * key * Layout::kRow + 32 * piece)).template as<FourWords>();
-                row[0] = wide[0];
-                row[1] = wide[1];
-            }
-        }
-    }
-
-    // A tile's keys (kind 0) or values (1), from its key `first` on.
-    BATCHLLM_DEVICE Shared<uint16_t> tile_at(int kind, int tile, int first) const {
-        const int buffer = Layout::kIsWide ? 2 * kind + tile % 2 : kind;
-        return (memory_ + buffer * Layout::kTile).template as<uint16_t>() + first * Layout::kRow;
-    }
-
     // This warp's rows over `Keys` keys of a tile.
     template <int Keys>
     BATCHLLM_DEVICE void attend(int tile, int first_key) {
         float scores[Keys / 8][4] = {};
-        const Shared<uint16_t> keys = tile_at(0, tile, first_key);
+        const Shared<uint16_t> keys = tiles_.keys(tile, first_key);
         const int key_row = lane_ % 8 + lane_ / 16 * 8, key_column = lane_ / 8 % 2 * 8;
 #pragma unroll
         for (int depth = 0; depth < kDepths; ++depth) {
@@ -214,19 +97,19 @@ private:
                 multiply_add(scores[2 * pair + 1], queries_[depth], b[2], b[3]);
             }
         }
-        const Shared<float> scales = scales_ + (tile % Layout::kStages * kTileKeys + first_key);
-        if constexpr (Cache::kHasScales) multiply(scores, scales);
+        constexpr bool kHasScales = KvLayout<HeadDim, Type>::kHasScales;
+        if constexpr (kHasScales) multiply(scores, tiles_.key_scales(tile, first_key));
         const int first = unit_.key_begin + tile * kTileKeys + first_key;
         if (first + Keys > min(unit_.visible, unit_.key_end)) hide(scores, first);
         uint32_t weights[Keys / 16][4];
         soften(scores);
-        if constexpr (Cache::kHasScales) multiply(scores, scales + Layout::kStages * kTileKeys);
+        if constexpr (kHasScales) multiply(scores, tiles_.value_scales(tile, first_key));
 #pragma unroll
         for (int i = 0; i < Keys / 4; ++i) {  // the fragments of a sum become those of a factor
             const float* const pair = &scores[i / 2][i % 2 * 2];
             weights[i / 4][i % 4] = pack_bfloat16(pair[0], pair[1]);
         }
-        const Shared<uint16_t> values = tile_at(1, tile, first_key);
+        const Shared<uint16_t> values = tiles_.values(tile, first_key);
         const int value_row = lane_ % 16, value_column = lane_ / 16 * 8;
 #pragma unroll
         for (int depth = 0; depth < Keys / 16; ++depth) {
@@ -320,7 +203,7 @@ private:
 
     // The four warps' states of the same rows become one, through shared memory.
     BATCHLLM_DEVICE void join_warps() {
-        const Shared<float> outs = memory_.template as<float>();
+        const Shared<float> outs = shared_memory<float>();
         const Shared<float> sums = outs + kWarps * kWarpRows * Layout::kJoinRow;
         barrier();  // nobody reads keys and values any more
         for (int i = 0; i < 2; ++i) {
@@ -386,11 +269,7 @@ private:
     const AttentionLayer& layer_;
     const Unit unit_;
     const int kv_head_, group_, num_rows_, thread_, warp_, lane_;
-    const Cache cache_;
-    const Shared<unsigned char> memory_;
-    const Shared<int32_t> slots_;
-    const Shared<float> scales_;
-    int read_;
+    KvTiles<HeadDim, Type> tiles_;
     int row_[2], limit_[2];
     uint32_t queries_[kDepths][4];
     float out_[kOutTiles][4] = {};
