@@ -37,9 +37,7 @@ from batchllm.runner.dtype import choose_dtype
 from batchllm.text.field_order import learn_field_order
 from batchllm.text.prompts import PromptBuilder, PromptSpec
 from batchllm.watch import Watch
-from batchllm.windows import Windows
-
-DEFAULT_WINDOW_ROWS = 65_536
+from batchllm.windows import DEFAULT_WINDOW_ROWS, Windows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

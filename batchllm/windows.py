@@ -21,6 +21,7 @@ from batchllm.prefix.partition import Ints, KeyRanges, choose_ranges
 from batchllm.prefix.sorting import common_prefix_lengths
 from batchllm.text.prompts import PromptBuilder
 
+DEFAULT_WINDOW_ROWS = 65_536
 _SAMPLE_ROWS = 16_384  # at least
 _SAMPLE_PER_WINDOW = 64
 _SAMPLE_BYTES = 256 * 1024 * 1024

@@ -1,4 +1,4 @@
-"""A window divided among several engines, so that all are done at about the same time.
+"""A window divided among several engines, or a table into partitions, by what they cost.
 
 Prompts in sorted order have everything they share with their neighbours, so each engine gets a
 range of that order, and a cut costs what its two neighbours have in common: the range that begins
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from batchllm.prefix.tree import Ints, PrefixTree
 
 Floats = NDArray[np.float64]
+Numbers = Ints | Floats
 _BISECTIONS = 60  # to the last bit of a float, more or less
 _SLACK = 0.01  # of the costliest range: what it may be dearer for the sake of less repetition
 
@@ -66,7 +67,7 @@ def divide_tree(tree: PrefixTree, outputs: Ints, rates: Rates, count: int) -> Di
     """Divide the leaves, which answer with `outputs` [num_leaves] tokens, into `count` ranges."""
     shared = shared_with_previous(tree)
     costs = leaf_costs(tree.leaf_length, shared, outputs, rates)
-    bounds = divide(costs, count)
+    bounds = divide(costs, np.ones(count))
     begun = bounds[:-1][bounds[:-1] < bounds[1:]]
     return Division(bounds, range_seconds(costs, bounds), int(shared[begun[1:]].sum()))
 
@@ -86,39 +87,52 @@ def leaf_costs(lengths: Ints, shared: Ints, outputs: Ints, rates: Rates) -> Cost
     A shared prefix is charged to the first that needs it, and so is that decodes read it; it is
     read once a step for all of its readers. All int64 [n].
     """
-
-    def tokens(begin: Ints, end: Ints) -> Floats:
-        """Computed, and read by every decode."""
-        pairs = (end * (end + 1) - begin * (begin + 1)) // 2
-        each = rates.prompt_token + rates.read * outputs
-        seconds: Floats = (end - begin) * each + pairs * rates.pair
-        return seconds
-
-    answers = outputs * (rates.output_token + rates.read * (outputs - 1) / 2)
-    return Costs(tokens(shared, lengths) + answers, tokens(np.zeros_like(shared), shared))
+    own = prefix_seconds(shared, lengths, outputs, rates) + answer_seconds(outputs, rates)
+    return Costs(own, prefix_seconds(np.zeros_like(shared), shared, outputs, rates))
 
 
-def divide(costs: Costs, count: int) -> Ints:
-    """Cut items into `count` ranges, of which the costliest is nearly as cheap as can be.
+def prefix_seconds(begin: Numbers, end: Numbers, outputs: Numbers, rates: Rates) -> Floats:
+    """What it costs that tokens `begin` to `end` of prompts are computed, and read by decodes."""
+    pairs = (end * (end + 1) - begin * (begin + 1)) / 2
+    each = rates.prompt_token + rates.read * outputs
+    seconds: Floats = (end - begin) * each + pairs * rates.pair
+    return seconds
+
+
+def answer_seconds(outputs: Numbers, rates: Rates) -> Floats:
+    """What answers of so many tokens cost, without the reading of prompts."""
+    seconds: Floats = outputs * (rates.output_token + rates.read * (outputs - 1) / 2)
+    return seconds
+
+
+def divide(costs: Costs, shares: Floats) -> Ints:
+    """Cut items into ranges of these relative sizes; none is more over its share than need be.
+
+    Args:
+        costs: of the items.
+        shares: how large each range is to be, [count], positive, no one more than the one before
+            it; ones for equal ranges.
 
     Returns:
         Bounds [count + 1]: range i holds the items `[bounds[i], bounds[i + 1])`.
     """
-    num_items = len(costs.own)
+    num_items, count = len(costs.own), len(shares)
+    assert (np.diff(shares) <= 0).all() and shares[-1] > 0, shares
     bounds = np.full(count + 1, num_items, dtype=np.int64)
     bounds[0] = 0
     if num_items == 0:
         return bounds
     line = _Line.of(costs)
-    limit = line.least_limit(count) * (1 + _SLACK)
-    suits = line.starts_within(limit, count)
+    limits = line.least_limit(shares) * (1 + _SLACK) * shares
+    suits = line.starts_within(limits)
     for cut in range(1, count):
-        begin, left = bounds[cut - 1], count - cut  # `left` ranges are behind the cut
-        places = np.arange(begin + 1, min(line.reach(begin, limit), num_items - 1) + 1)
-        places = places[suits[left - 1][places]]
+        begin = bounds[cut - 1]
+        places = np.arange(begin + 1, min(line.reach(begin, limits[cut - 1]), num_items - 1) + 1)
+        places = places[np.unpackbits(suits[cut], count=num_items)[places] == 1]
         if len(places) == 0:  # what is left is a single range
             break
-        fair = line.before[begin] + (line.before[-1] - line.before[begin]) / (left + 1)
+        share = shares[cut - 1] / shares[cut - 1 :].sum()
+        fair = line.before[begin] + (line.before[-1] - line.before[begin]) * share
         score = costs.repeated[places] + _SLACK * np.abs(line.before[places] - fair)
         bounds[cut] = places[score.argmin()]
     return bounds
@@ -148,14 +162,14 @@ class _Line:
         before = np.concatenate([[0.0], np.cumsum(costs.own)])
         return cls(before, before[:-1] - costs.repeated)
 
-    def least_limit(self, count: int) -> float:
-        """What the costliest of `count` ranges costs at least."""
+    def least_limit(self, shares: Floats) -> float:
+        """What the costliest range costs at least, for its share."""
         best = _last_best(self.worth)
-        high = float(self.before[-1])
-        low = high / count
+        total = float(self.before[-1])
+        low, high = total / float(shares.sum()), total / float(shares[0])
         for _ in range(_BISECTIONS):
             middle = (low + high) / 2
-            if self._is_possible(middle, best, count):
+            if self._is_possible(middle * shares, best):
                 high = middle
             else:
                 low = middle
@@ -165,23 +179,25 @@ class _Line:
         """How far a range from here can go."""
         return int(np.searchsorted(self.before, limit + self.worth[begin], side="right")) - 1
 
-    def starts_within(self, limit: float, count: int) -> list[NDArray[np.bool_]]:
-        """From where one range of at most `limit` gets to the end, from where two do, and so on."""
+    def starts_within(self, limits: Floats) -> list[NDArray[np.uint8]]:
+        """From where the ranges i and on get to the end, for each i, in bits; not for the first."""
         num_items = len(self.worth)
-        suits = [self.worth >= self.before[-1] - limit]
-        for _ in range(count - 2):
-            marks = np.where(suits[-1], np.arange(num_items), num_items)
+        suits = self.worth >= self.before[-1] - limits[-1]
+        found = [np.packbits(suits)]
+        for limit in limits[-2:0:-1].tolist():
+            marks = np.where(suits, np.arange(num_items), num_items)
             ahead = np.append(np.minimum.accumulate(marks[::-1])[::-1], num_items)[1:]
-            suits.append(suits[-1] | (self.worth >= self.before[ahead] - limit))
-        return suits
+            suits = suits | (self.worth >= self.before[ahead] - limit)
+            found.append(np.packbits(suits))
+        return [np.zeros(0, dtype=np.uint8), *found[::-1]]
 
-    def _is_possible(self, limit: float, best: Ints, count: int) -> bool:
-        """Whether `count` ranges of at most `limit` get to the end.
+    def _is_possible(self, limits: Floats, best: Ints) -> bool:
+        """Whether ranges within these limits get to the end.
 
         Going as far as can be, then back to the best start, is as good as any other way.
         """
         begin = 0
-        for _ in range(count):
+        for limit in limits.tolist():
             end = self.reach(begin, limit)
             if end >= len(best):
                 return True

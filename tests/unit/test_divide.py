@@ -45,20 +45,32 @@ def repeated_seconds(costs, bounds):
 
 @given(some_costs(), st.integers(1, 4))
 def test_no_ranges_are_better_than_those_chosen(costs, count):
-    bounds = divide(costs, count)
+    bounds = divide(costs, np.ones(count))
     assert len(bounds) == count + 1 and bounds[0] == 0 and bounds[-1] == len(costs.own)
     assert (np.diff(bounds) >= 0).all()
     best = min(range_seconds(costs, other).max() for other in every_division(len(costs.own), count))
-    assert _Line.of(costs).least_limit(count) == pytest.approx(best)
+    assert _Line.of(costs).least_limit(np.ones(count)) == pytest.approx(best)
     assert range_seconds(costs, bounds).max() <= best * (1 + _SLACK + 1e-9)
+
+
+@given(some_costs(), st.lists(st.integers(1, 5), min_size=1, max_size=4))
+def test_unequal_ranges_are_as_close_to_their_shares_as_can_be(costs, shares):
+    shares = np.array(sorted(shares, reverse=True), float)
+    bounds = divide(costs, shares)
+    assert bounds[0] == 0 and bounds[-1] == len(costs.own) and (np.diff(bounds) >= 0).all()
+    best = min(
+        (range_seconds(costs, other) / shares).max()
+        for other in every_division(len(costs.own), len(shares))
+    )
+    assert (range_seconds(costs, bounds) / shares).max() <= best * (1 + _SLACK + 1e-9)
 
 
 @given(some_costs())
 def test_of_two_ranges_as_good_those_that_repeat_least(costs):
     # Own costs this small are no reason to repeat anything.
     costs = Costs(costs.own / 100, costs.repeated)
-    bounds = divide(costs, 2)
-    limit = _Line.of(costs).least_limit(2) * (1 + _SLACK)
+    bounds = divide(costs, np.ones(2))
+    limit = _Line.of(costs).least_limit(np.ones(2)) * (1 + _SLACK)
     least = min(
         repeated_seconds(costs, other)
         for other in every_division(len(costs.own), 2)
@@ -69,7 +81,7 @@ def test_of_two_ranges_as_good_those_that_repeat_least(costs):
 
 @given(some_costs(), st.integers(1, 12))
 def test_ranges_are_balanced_but_for_an_item_and_a_prefix(costs, count):
-    seconds = range_seconds(costs, divide(costs, count))
+    seconds = range_seconds(costs, divide(costs, np.ones(count)))
     fair = costs.own.sum() / count
     assert seconds.max() <= (fair + costs.own.max() + costs.repeated.max()) * (1 + _SLACK)
 
@@ -149,5 +161,5 @@ def test_much_is_divided_with_little_loss():
 
 def test_more_engines_than_leaves_and_none_at_all():
     costs = Costs(np.array([3.0, 4.0]), np.array([0.0, 1.0]))
-    assert np.diff(divide(costs, 5)).tolist() == [1, 1, 0, 0, 0]
-    assert divide(Costs(np.zeros(0), np.zeros(0)), 3).tolist() == [0, 0, 0, 0]
+    assert np.diff(divide(costs, np.ones(5))).tolist() == [1, 1, 0, 0, 0]
+    assert divide(Costs(np.zeros(0), np.zeros(0)), np.ones(3)).tolist() == [0, 0, 0, 0]

@@ -1,0 +1,1 @@
+"""One table on many workers: what every engine's integration is made of."""

@@ -1,0 +1,127 @@
+"""A partition of placed rows, answered: what every engine's tasks call."""
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+
+from batchllm.integrations.call import PLACE, ROW, GenerateCall
+from batchllm.integrations.held import HOLDER, Loaded, ModelHolder
+from batchllm.integrations.summary import PartitionReport, common_tokens
+from batchllm.metrics import Metrics
+from batchllm.prefix.sorting import sort_sequences
+from batchllm.prompting import prompt_builder
+from batchllm.request import RaggedTokens, TokenIds
+
+_WINDOW_BYTES = 512 << 20  # of a window's rows: their texts, tokens and tree take a few times that
+
+
+@dataclass(slots=True)
+class PartitionRun:
+    """Answers a partition, a window at a time, and counts what it takes.
+
+    Rows must come with `ROW` and, for windows to be cut where little is shared, in the order of
+    `PLACE`. They leave in the order of their numbers within each window, without `PLACE`, and with
+    `ROW` behind the columns that answers add.
+
+    Args:
+        call: what is generated.
+        partition: its number.
+        holder: of the worker's model.
+    """
+
+    call: GenerateCall
+    partition: int
+    holder: ModelHolder = HOLDER
+    _metrics: Metrics = field(default_factory=Metrics)
+    _loaded: Loaded | None = None
+    _first: TokenIds | None = None
+    _last: TokenIds | None = None
+    _seconds: float = 0.0
+
+    def answer(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """Answer the rows.
+
+        Raises:
+            BatchLLMError: the model cannot be loaded or run; bad rows are answers with an error.
+        """
+        for window in _windows(batches, self.call.window_rows):
+            begun = time.perf_counter()
+            answered = self._answer_window(window)
+            self._seconds += time.perf_counter() - begun
+            yield from answered.to_batches()
+
+    @property
+    def report(self) -> PartitionReport:
+        """What it took so far."""
+        return PartitionReport(
+            self.partition, self._metrics, self._loaded, self._first, self._last, self._seconds
+        )
+
+    def _answer_window(self, window: pa.Table) -> pa.Table:
+        numbers = window[ROW].to_numpy()
+        order = np.argsort(numbers)
+        window, numbers = window.take(pa.array(order)), numbers[order]
+        table = window.drop_columns([name for name in (ROW, PLACE) if name in window.column_names])
+        added = self.call.check(table.schema)
+        with self.holder.use(self.call) as (llm, self._loaded):
+            call, llm.metrics = self.call, Metrics()
+            begun = time.perf_counter()
+            builder = prompt_builder(llm.checkpoint, call.config, call.spec, call.field_rules)
+            prompts = builder.build(table)
+            requests, errors = prompts.requests(call.params, numbers)
+            llm.metrics.prompt_seconds += time.perf_counter() - begun
+            outputs = llm.answer(requests, errors)
+            metrics, granularity = llm.metrics, llm.loaded.granularity
+        metrics.window_repeated_tokens += self._follow(prompts.tokens, granularity)
+        self._metrics.add(metrics)
+        answered = added.append(table, outputs).combine_chunks()
+        return answered.append_column(pa.field(ROW, pa.int64(), nullable=False), [numbers])
+
+    def _follow(self, tokens: RaggedTokens, granularity: int) -> int:
+        """Note a window's first and last prompt; returns what it repeats of the one before it."""
+        order = sort_sequences(tokens)
+        order = order[tokens.lengths[order] > 0]
+        if len(order) == 0:
+            return 0
+        first, last = tokens[int(order[0])].copy(), tokens[int(order[-1])].copy()
+        repeated = common_tokens(self._last, first, granularity)
+        self._first = first if self._first is None else self._first
+        self._last = last
+        return repeated
+
+
+def _windows(batches: Iterable[pa.RecordBatch], window_rows: int) -> Iterator[pa.Table]:
+    """Tables of about so many rows, cut where the place changes, if it does."""
+    kept: list[pa.RecordBatch] = []
+    num_rows = num_bytes = 0
+    for batch in batches:
+        if batch.num_rows == 0:
+            continue
+        kept.append(batch)
+        num_rows += batch.num_rows
+        num_bytes += batch.nbytes
+        if num_rows < window_rows and num_bytes < _WINDOW_BYTES:
+            continue
+        table = pa.Table.from_batches(kept)
+        while table.num_rows >= window_rows:
+            cut = _cut(table, window_rows)
+            yield table.slice(0, cut)
+            table = table.slice(cut)
+        if table.nbytes >= _WINDOW_BYTES:
+            yield table
+            table = table.slice(0, 0)
+        kept, num_rows, num_bytes = table.to_batches(), table.num_rows, table.nbytes
+    if num_rows:
+        yield pa.Table.from_batches(kept)
+
+
+def _cut(table: pa.Table, most: int) -> int:
+    """Where a window of at most so many rows ends best: where a place does, in its second half."""
+    if PLACE not in table.column_names or most == table.num_rows:
+        return most
+    places = table[PLACE].to_numpy()[: most + 1]
+    ends = np.flatnonzero(places[1:] != places[:-1]) + 1
+    return int(ends[-1]) if len(ends) and ends[-1] * 2 >= most else most
