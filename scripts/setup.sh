@@ -53,6 +53,21 @@ ensure_compiler() {
         say "could not install g++, so no kernels are compiled and the tool is slower"
 }
 
+# Only the tests of `batchllm.spark` need it here; they are left out, and say so, where it is missing.
+ensure_java() {
+    command -v java >/dev/null && return
+    if ! as_root true 2>/dev/null; then
+        say "no java found, so what runs on Spark is not tested; to mend it, run as root:"
+        say "  apt-get update && apt-get install openjdk-17-jre-headless"
+        return
+    fi
+    say "installing java 17, which Spark runs on"
+    { as_root apt-get -qq update || true
+      as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq install -y openjdk-17-jre-headless ||
+          as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq install -y default-jre-headless
+    } >/dev/null 2>&1 || say "could not install java, so what runs on Spark is not tested"
+}
+
 python=$(find_python)
 mark="$venv/.batchllm-$kind"
 # What was installed is told by what asks for it: a change there installs again.
@@ -66,9 +81,25 @@ if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then  # none, or not m
     "$python" -m venv "$venv"
 fi
 ensure_compiler
-extra=""
-[ "$kind" = dev ] && extra="[dev]"
-say "installing batchllm$extra into $venv (a few minutes the first time)"
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-    --constraint constraints.txt --editable ".$extra" 2> >(grep -v "^WARNING" >&2 || true)
+# Modules are compiled when they are first imported: most of those installed never are.
+install() {
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile \
+        --constraint constraints.txt "$@" 2> >(grep -v "^WARNING" >&2 || true)
+}
+requirements_of() {
+    "$venv/bin/python" -c 'import sys, tomllib
+project = tomllib.load(open("pyproject.toml", "rb"))["project"]
+print("\n".join(project["optional-dependencies"][sys.argv[1]]))' "$1"
+}
+run_mark="$venv/.batchllm-run"
+if [ ! -f "$run_mark" ] || [ "$(cat "$run_mark")" != "$wanted" ]; then
+    say "installing batchllm into $venv (a few minutes the first time)"
+    install --editable .
+    echo "$wanted" >"$run_mark"
+fi
+if [ "$kind" = dev ]; then
+    ensure_java
+    say "installing what the tests need"
+    install --requirement <(requirements_of dev)
+fi
 echo "$wanted" >"$mark"

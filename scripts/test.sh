@@ -14,5 +14,5 @@ export OMP_NUM_THREADS=1
 tests=("$bin/python" -m pytest -q -n "$((workers < 4 ? workers : 4))")
 echo "== quick tests" && "${tests[@]}" --dist loadfile
 if [ "${1:-}" != --quick ]; then
-    echo "== slow tests" && "${tests[@]}" --dist worksteal -m "slow and not gpu"
+    echo "== slow tests" && "${tests[@]}" --dist loadgroup -m "slow and not gpu"
 fi

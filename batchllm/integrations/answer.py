@@ -39,6 +39,7 @@ class PartitionRun:
     _loaded: Loaded | None = None
     _first: TokenIds | None = None
     _last: TokenIds | None = None
+    _granularity: int = 1
     _seconds: float = 0.0
 
     def answer(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -57,7 +58,13 @@ class PartitionRun:
     def report(self) -> PartitionReport:
         """What it took so far."""
         return PartitionReport(
-            self.partition, self._metrics, self._loaded, self._first, self._last, self._seconds
+            partition=self.partition,
+            metrics=self._metrics,
+            loaded=self._loaded,
+            first=self._first,
+            last=self._last,
+            granularity=self._granularity,
+            seconds=self._seconds,
         )
 
     def _answer_window(self, window: pa.Table) -> pa.Table:
@@ -74,20 +81,20 @@ class PartitionRun:
             requests, errors = prompts.requests(call.params, numbers)
             llm.metrics.prompt_seconds += time.perf_counter() - begun
             outputs = llm.answer(requests, errors)
-            metrics, granularity = llm.metrics, llm.loaded.granularity
-        metrics.window_repeated_tokens += self._follow(prompts.tokens, granularity)
+            metrics, self._granularity = llm.metrics, llm.loaded.granularity
+        metrics.window_repeated_tokens += self._follow(prompts.tokens)
         self._metrics.add(metrics)
         answered = added.append(table, outputs).combine_chunks()
         return answered.append_column(pa.field(ROW, pa.int64(), nullable=False), [numbers])
 
-    def _follow(self, tokens: RaggedTokens, granularity: int) -> int:
+    def _follow(self, tokens: RaggedTokens) -> int:
         """Note a window's first and last prompt; returns what it repeats of the one before it."""
         order = sort_sequences(tokens)
         order = order[tokens.lengths[order] > 0]
         if len(order) == 0:
             return 0
         first, last = tokens[int(order[0])].copy(), tokens[int(order[-1])].copy()
-        repeated = common_tokens(self._last, first, granularity)
+        repeated = common_tokens(self._last, first, self._granularity)
         self._first = first if self._first is None else self._first
         self._last = last
         return repeated

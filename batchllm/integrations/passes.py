@@ -2,7 +2,7 @@
 
 A look at a few rows, by which the driver cuts the sorted order of prompts into fine ranges
 (`survey.py`); a count of what lies in each, by which it makes partitions of them; and then every
-row gets its number in the table and its place. All give the same again for the same batches.
+row gets its number in the table and its place.
 """
 
 from collections.abc import Iterable, Iterator
@@ -76,8 +76,8 @@ def count_rows(batches: Iterable[pa.RecordBatch], ranges: Ranges, partition: int
     row = int(ranges.first_row[partition])
     for batch in batches:
         table = pa.Table.from_batches([batch])
-        numbers = row + np.arange(batch.num_rows)
-        counter.add(_keys(builder, table), numbers, answer_lengths(ranges.call, table))
+        deal = np.full(batch.num_rows, partition)
+        counter.add(_keys(builder, table), deal, answer_lengths(ranges.call, table))
         row += batch.num_rows
     _check_count(row, ranges, partition)
     return counter.tally()
@@ -88,7 +88,9 @@ def place_rows(
 ) -> Iterator[pa.RecordBatch]:
     """Add each row's number in the table and its fine range, `ROW` and `PLACE`, int64.
 
-    `labels` [num_ranges] stand in the ranges' place, if given.
+    `labels` [num_ranges] stand in the ranges' place, if given. A row's place depends on its prompt
+    and its input partition, and not on which row of the partition it is: an engine that makes a
+    partition anew may give its rows in another order, and none may then be lost or doubled.
     """
     builder = _builder(ranges.call)
     row = int(ranges.first_row[partition])
@@ -98,7 +100,8 @@ def place_rows(
         row += batch.num_rows
         if row > ranges.first_row[partition + 1]:
             break
-        places = ranges.keys.assign(_keys(builder, table), numbers)
+        deal = np.full(batch.num_rows, partition)
+        places = ranges.keys.assign(_keys(builder, table), deal)
         yield with_columns(
             batch, {ROW: numbers, PLACE: places if labels is None else labels[places]}
         )

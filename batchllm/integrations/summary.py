@@ -16,7 +16,8 @@ from batchllm.request import TokenIds
 class PartitionReport:
     """What one partition took; of two runs of one partition, either will do.
 
-    `first` and `last` are the first and the last of its prompts in sorted order, None without rows.
+    `first` and `last` are the first and the last of its prompts in sorted order, None without rows;
+    prefixes are shared in multiples of `granularity` tokens.
     """
 
     partition: int
@@ -24,6 +25,7 @@ class PartitionReport:
     loaded: Loaded | None
     first: TokenIds | None
     last: TokenIds | None
+    granularity: int
     seconds: float
 
 
@@ -33,12 +35,10 @@ class Summary:
 
     Attributes:
         partitions: the reports so far, by partition; one that ran twice is here once.
-        granularity: prefixes are shared in multiples of so many tokens.
         expected: what partitioning said beforehand, for the whole table.
     """
 
     partitions: dict[int, PartitionReport] = field(default_factory=dict)
-    granularity: int = 1
     expected: "Expected | None" = None
 
     def add(self, reports: Iterable[PartitionReport]) -> None:
@@ -74,9 +74,8 @@ class Summary:
     def partition_repeated_tokens(self) -> int:
         """Prompt tokens computed once more because partitions part rows that share them."""
         reports = [self.partitions[number] for number in sorted(self.partitions)]
-        ends = [(r.first, r.last) for r in reports if r.first is not None]
-        pairs = pairwise(ends)
-        return sum(common_tokens(last, first, self.granularity) for (_, last), (first, _) in pairs)
+        pairs = pairwise(report for report in reports if report.first is not None)
+        return sum(common_tokens(a.last, b.first, b.granularity) for a, b in pairs)
 
     @property
     def computed_alone(self) -> int:

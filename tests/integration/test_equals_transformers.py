@@ -28,7 +28,12 @@ ROOT = Path(__file__).parents[2]
 NUM_NEW_TOKENS = 12
 
 
-@pytest.fixture(scope="module", params=["bfloat16", "float32"])
+def in_one_process(dtype):
+    """What the yardstick has answered for a dtype is kept, so its tests belong together."""
+    return pytest.param(dtype, marks=pytest.mark.xdist_group(dtype))
+
+
+@pytest.fixture(scope="module", params=map(in_one_process, ["bfloat16", "float32"]))
 def dtype(request):
     return request.param
 

@@ -154,6 +154,20 @@ def test_a_table_that_changes_between_passes_is_refused(table):
             count_rows(change, ranges, 0)
 
 
+def test_rows_find_the_same_places_in_whatever_order_a_partition_gives_them(table):
+    same = pa.table({"product": ["same"] * 400, "text": ["same"] * 400, "id": np.arange(400)})
+    inputs = split(pa.concat_tables([same.select(table.column_names), table.slice(0, 99)]), 4)
+    samples = [sample_rows(b, ["product", "text"], 99, 0) for b in inputs]
+    ranges = survey(call_of(), samples, 4, num_partitions=4).ranges
+    for number, batches in enumerate(inputs):
+        there, back = (
+            pa.Table.from_batches(list(place_rows(order, ranges, number))).sort_by("id")
+            for order in (batches, [b.take(np.arange(b.num_rows)[::-1]) for b in batches[::-1]])
+        )
+        assert there["__batchllm_place"].equals(back["__batchllm_place"])
+        assert not there["__batchllm_row"].equals(back["__batchllm_row"])
+
+
 def test_another_model_takes_the_first_ones_place(holder):
     one, two = call_of(), call_of(max_num_seqs=7)
     with holder.use(one) as (first, loaded):
