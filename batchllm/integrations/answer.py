@@ -11,9 +11,9 @@ from batchllm.integrations.call import PLACE, ROW, GenerateCall
 from batchllm.integrations.held import HOLDER, Loaded, ModelHolder
 from batchllm.integrations.summary import PartitionReport, common_tokens
 from batchllm.metrics import Metrics
-from batchllm.prefix.sorting import sort_sequences
 from batchllm.prompting import prompt_builder
 from batchllm.request import RaggedTokens, TokenIds
+from batchllm.text.prompts import PromptBuilder
 
 _WINDOW_BYTES = 512 << 20  # of a window's rows: their texts, tokens and tree take a few times that
 
@@ -82,18 +82,26 @@ class PartitionRun:
             llm.metrics.prompt_seconds += time.perf_counter() - begun
             outputs = llm.answer(requests, errors)
             metrics, self._granularity = llm.metrics, llm.loaded.granularity
-        metrics.window_repeated_tokens += self._follow(prompts.tokens)
+        metrics.window_repeated_tokens += self._follow(window, builder, prompts.tokens)
         self._metrics.add(metrics)
         answered = added.append(table, outputs).combine_chunks()
         return answered.append_column(pa.field(ROW, pa.int64(), nullable=False), [numbers])
 
-    def _follow(self, tokens: RaggedTokens) -> int:
-        """Note a window's first and last prompt; returns what it repeats of the one before it."""
-        order = sort_sequences(tokens)
-        order = order[tokens.lengths[order] > 0]
-        if len(order) == 0:
+    def _follow(self, window: pa.Table, builder: PromptBuilder, tokens: RaggedTokens) -> int:
+        """Note a window's first and last prompt; returns what it repeats of the one before it.
+
+        Without places nobody knows which windows are neighbours.
+        """
+        if PLACE not in window.column_names:
             return 0
-        first, last = tokens[int(order[0])].copy(), tokens[int(order[-1])].copy()
+        places = window[PLACE].to_numpy()
+        outer = np.flatnonzero((places == places.min()) | (places == places.max()))
+        keys = builder.keys(window.take(pa.array(outer)))
+        ends = sorted((key, row) for key, row in zip(keys, outer.tolist(), strict=True) if key)
+        fine = [row for _, row in ends if len(tokens[row])]
+        if not fine:
+            return 0
+        first, last = tokens[fine[0]].copy(), tokens[fine[-1]].copy()
         repeated = common_tokens(self._last, first, self._granularity)
         self._first = first if self._first is None else self._first
         self._last = last

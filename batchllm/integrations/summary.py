@@ -16,7 +16,7 @@ from batchllm.request import TokenIds
 class PartitionReport:
     """What one partition took; of two runs of one partition, either will do.
 
-    `first` and `last` are the first and the last of its prompts in sorted order, None without rows;
+    `first` and `last` are the first and the last of its prompts by their keys, None without rows;
     prefixes are shared in multiples of `granularity` tokens.
     """
 

@@ -18,7 +18,10 @@ RESULTS = ["answer", "finish_reason", "prompt_tokens", "output_tokens", "error"]
 
 def reviews(rng, num_rows):
     """Reviews of products, as rows come: shuffled; some are null."""
-    products = [f"Product {i}: " + " ".join(["fine"] * int(rng.integers(5, 80))) for i in range(40)]
+    products = [
+        f"Product {i}: " + " ".join(map(str, rng.integers(0, 999, rng.integers(5, 80))))
+        for i in range(40)  # tokens do not sort as texts do
+    ]
     of = rng.zipf(1.5, num_rows) % len(products)
     return pa.table(
         {

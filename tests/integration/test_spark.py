@@ -1,0 +1,210 @@
+"""`batchllm.spark` on a real cluster of two executors, each a process of its own."""
+
+import datetime
+import os
+import shutil
+import signal
+import sys
+import time
+from threading import Thread
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pytest
+
+from batchllm import LLM, SamplingParams
+from batchllm.errors import UsageError
+
+pytest.importorskip("pyspark")
+from pyspark.sql import SparkSession
+from pyspark.sql import functions as F
+
+from batchllm.spark import Summary, generate, gpu_profile, register_function
+
+pytestmark = [
+    pytest.mark.spark,
+    pytest.mark.skipif(shutil.which("java") is None, reason="no java"),
+    pytest.mark.filterwarnings("ignore"),  # Spark's and pandas' own
+]
+TEMPLATE = "{{ doc }}\n{{ q }}"
+RESULTS = ["answer", "finish_reason", "prompt_tokens", "output_tokens", "error"]
+NUM_ROWS = 6000
+
+
+@pytest.fixture(scope="module")
+def spark(tmp_path_factory):
+    scratch = tmp_path_factory.mktemp("spark")
+    gpus = scratch / "gpus.sh"  # what a worker asks which GPUs it has
+    gpus.write_text("""#!/bin/sh\necho '{"name": "gpu", "addresses": ["5"]}'\n""")
+    gpus.chmod(0o755)
+    os.environ |= {
+        "PYSPARK_PYTHON": sys.executable,
+        "SPARK_LOCAL_IP": "127.0.0.1",
+        "SPARK_LOCAL_HOSTNAME": "localhost",
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }
+    session = (
+        SparkSession.builder.master("local-cluster[2,1,1024]")
+        .config("spark.ui.enabled", "false")
+        .config("spark.driver.host", "127.0.0.1")
+        .config("spark.executor.memory", "512m")
+        .config("spark.sql.shuffle.partitions", "2")
+        .config("spark.sql.warehouse.dir", str(scratch))
+        .config("spark.local.dir", str(scratch))
+        .config("spark.worker.resource.gpu.amount", "1")
+        .config("spark.worker.resource.gpu.discoveryScript", str(gpus))
+        .config("spark.executor.resource.gpu.amount", "1")
+        .config("spark.task.resource.gpu.amount", "0.1")
+        .getOrCreate()
+    )
+    session.sparkContext.setLogLevel("OFF")
+    yield session
+    session.stop()
+
+
+@pytest.fixture(scope="module")
+def table():
+    """Questions about documents, shuffled, with columns of other types beside them."""
+    rng = np.random.default_rng(0)
+    docs = [f"document {i} " + " ".join(map(str, rng.integers(0, 999, 60))) for i in range(60)]
+    of = rng.zipf(1.4, NUM_ROWS) % 60
+    day = datetime.datetime(2024, 2, 29, 12, 30, tzinfo=datetime.UTC)
+    return pa.table(
+        {
+            "id": np.arange(NUM_ROWS),
+            "doc": [docs[i] for i in of],
+            "q": [None if i % 200 == 3 else f"question {i % 700}?" for i in range(NUM_ROWS)],
+            "when": pa.array([day] * NUM_ROWS, pa.timestamp("us", "UTC")),
+            "tags": pa.array([["a", None]] * NUM_ROWS, pa.list_(pa.string())),
+            "strange `name`": pa.array([{"x": 1.5}] * NUM_ROWS, pa.struct([("x", pa.float64())])),
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def files(spark, table, tmp_path_factory):
+    """The table as five Parquet files, which Spark reads in order."""
+    import pyarrow.parquet as pq
+
+    path = tmp_path_factory.mktemp("table")
+    for part in range(5):
+        pq.write_table(table.slice(part * 1200, 1200), path / f"{part}.parquet")
+    return spark.read.parquet(str(path))
+
+
+def alone(table, **params):
+    llm = LLM("fake")
+    return llm.generate(table, SamplingParams(**params), template=TEMPLATE), llm.metrics
+
+
+def test_answers_are_those_of_one_engine_in_order_and_loads_are_as_many_as_workers(files, table):
+    expected, metrics = alone(table, max_tokens=5)
+    summary = Summary()
+    df = generate(files, summary=summary, model="fake", template=TEMPLATE, max_tokens=5)
+    added = ["answer", "finish_reason", "prompt_tokens", "cached_tokens", "output_tokens", "error"]
+    assert df.columns == table.column_names + added
+    assert summary.metrics.rows == 0 and len(summary.expected.seconds) == 2  # it is lazy
+    got = df.toArrow()
+    order = got["id"].to_pylist()
+    inputs = files.select("id").toArrow()["id"].to_pylist()
+    assert order == inputs and sorted(order) == list(range(NUM_ROWS))
+    by_id = got.sort_by("id")
+    assert by_id.select(RESULTS).to_pylist() == expected.select(RESULTS).to_pylist()
+    assert by_id.select(table.column_names).to_pylist() == table.to_pylist()
+    assert summary.metrics.rows == NUM_ROWS and summary.metrics.failed == NUM_ROWS // 200
+    assert summary.model_loads == summary.workers == 2
+    assert summary.metrics.computed_prompt_tokens <= 1.05 * metrics.computed_prompt_tokens
+    assert summary.computed_alone == metrics.computed_prompt_tokens
+    df.count()  # computed once more, and counted once
+    assert summary.metrics.rows == NUM_ROWS
+
+
+def test_an_executor_that_is_killed_loses_nothing(spark, files, table):
+    expected, _ = alone(table, max_tokens=40, temperature=1.0, seed=5)
+    summary = Summary()
+    options = {"max_tokens": 40, "temperature": 1.0, "seed": 5, "num_partitions": 8}
+    # Row numbers go by Spark's order of the files, so that order is made the table's.
+    ordered = spark.createDataFrame(table)
+    df = generate(ordered, summary=summary, model="fake", template=TEMPLATE, **options)
+    killed = []
+
+    def kill():
+        while not summary.partitions:
+            time.sleep(0.02)
+        report = next(iter(summary.partitions.values()))
+        executor = psutil.Process(report.loaded.process).parent().parent()
+        assert "CoarseGrainedExecutorBackend" in " ".join(executor.cmdline())
+        os.kill(executor.pid, signal.SIGKILL)
+        killed.append(executor.pid)
+
+    killer = Thread(target=kill)
+    killer.start()
+    got = df.toArrow()
+    killer.join()
+    assert killed
+    assert got["id"].to_pylist() == list(range(NUM_ROWS))
+    assert got.select(RESULTS).to_pylist() == expected.select(RESULTS).to_pylist()
+    assert sorted(summary.partitions) == list(range(8)) and summary.metrics.rows == NUM_ROWS
+
+
+def test_rows_of_a_shuffled_table_are_all_there_once(spark, files, table):
+    expected, _ = alone(table, max_tokens=3)
+    many = generate(
+        files.select("doc", "id", "q").repartition(3, "q"),
+        model="fake",
+        template=TEMPLATE,
+        max_tokens=3,
+        window_rows=500,
+    )
+    assert many.rdd.getNumPartitions() == 3
+    got = many.toArrow().sort_by("id")
+    assert got.select(["id", *RESULTS]).equals(
+        expected.select(["id", *RESULTS]).cast(got.select(["id", *RESULTS]).schema)
+    )
+
+
+def test_a_table_without_rows(spark, files):
+    none = generate(files.limit(0), model="fake", template=TEMPLATE)
+    assert none.collect() == [] and none.columns[-6:-4] == ["answer", "finish_reason"]
+
+
+def test_what_makes_no_sense_is_refused_before_anything_runs(files):
+    with pytest.raises(UsageError, match="did you mean 'template'"):
+        generate(files, model="fake", templat=TEMPLATE)
+    with pytest.raises(UsageError, match="nothere"):
+        generate(files, model="fake", prompt_column="nothere")
+    with pytest.raises(UsageError, match="has a column 'doc'"):
+        generate(files, model="fake", prompt_column="q", output_column="doc")
+
+
+def test_a_function_for_sql(spark, files, table):
+    expected, _ = alone(table, max_tokens=5)
+    function = register_function(spark, "ask", model="fake", max_tokens=5)
+    files.createOrReplaceTempView("questions")
+    got = spark.sql(r"SELECT id, ask(concat(doc, '\n', q)) AS answer FROM questions").toArrow()
+    assert got.sort_by("id")["answer"].to_pylist() == expected["answer"].to_pylist()
+    some = files.where("id < 9").select("id", function(F.concat_ws("\n", "doc", "q"))).toArrow()
+    wanted = expected["answer"].to_pylist()[:9]
+    fine = [i for i in range(9) if i != 3]
+    assert [dict(some.sort_by("id").to_pydict())[some.column_names[1]][i] for i in fine] == [
+        wanted[i] for i in fine
+    ]
+    with pytest.raises(UsageError, match="the function's argument is the prompt"):
+        register_function(spark, template=TEMPLATE)
+
+
+def test_a_task_sees_the_gpus_that_its_profile_asks_for(files):
+    profile = gpu_profile(1)
+    some = files.where("id < 100")
+    options = {"template": TEMPLATE, "max_tokens": 3}
+    df = generate(some, model="fake", resource_profile=profile, **options)
+    assert df.count() == 100
+
+    def visible(batches):
+        for _ in batches:
+            pass
+        yield pa.record_batch({"gpus": [os.environ.get("CUDA_VISIBLE_DEVICES")]})
+
+    seen = some.select("id").mapInArrow(visible, "gpus string", profile=profile).collect()
+    assert "5" in {row.gpus for row in seen}
