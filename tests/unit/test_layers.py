@@ -50,6 +50,11 @@ ALLOWED = {
         *("errors", "request", "config", "metrics", "prefix", "scheduler", "simulate"),
         *("child", "models", "runner", "text", "watch", "replica_messages"),
     },
+    "integrations": {
+        *("errors", "request", "config", "metrics", "prefix", "io", "models", "runner", "simulate"),
+        *("text", "prompting", "windows", "api", "integrations"),
+    },
+    "spark": {"errors", "prefix", "integrations"},
     "api": {
         "watch",
         *("errors", "request", "config", "metrics", "engine", "prefix", "cache"),
