@@ -1,21 +1,19 @@
-"""Guides that run: the python blocks of a page, top to bottom, as a reader would enter them."""
+"""A guide under docs/, run as its reader would: its Python blocks one after the other."""
 
 import re
-from contextlib import chdir
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+DOCS = Path(__file__).parents[1] / "docs"
 
 
-def run_guide(path, folder):
-    """Run a page's blocks in a folder that has the project's `datasets`; returns their names."""
-    text = path.read_text()
-    blocks = list(re.finditer(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE))
-    assert blocks, f"{path} has no python blocks"
-    (folder / "datasets").symlink_to(ROOT / "datasets")
+def run_guide(name, directory, monkeypatch):
+    """Run the blocks in an empty directory; returns the names they defined."""
+    text = (DOCS / name).read_text()
+    blocks = list(re.finditer(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
+    assert blocks, f"{name} has nothing to run"
+    monkeypatch.chdir(directory)
     names = {"__name__": "guide"}
-    with chdir(folder):
-        for block in blocks:
-            lines_before = text.count("\n", 0, block.start(1))
-            exec(compile("\n" * lines_before + block[1], str(path), "exec"), names)
+    for block in blocks:
+        line = text.count("\n", 0, block.start(1))  # so that an error says where it is
+        exec(compile("\n" * line + block[1], str(DOCS / name), "exec"), names)
     return names

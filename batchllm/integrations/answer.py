@@ -15,7 +15,7 @@ from batchllm.prompting import prompt_builder
 from batchllm.request import RaggedTokens, TokenIds
 from batchllm.text.prompts import PromptBuilder
 
-_WINDOW_BYTES = 512 << 20  # of a window's rows: their texts, tokens and tree take a few times that
+WINDOW_BYTES = 512 << 20  # of a window's rows: their texts, tokens and tree take a few times that
 
 
 @dataclass(slots=True)
@@ -108,6 +108,19 @@ class PartitionRun:
         return repeated
 
 
+def answers_only(batch: pa.RecordBatch, added: pa.Schema) -> pa.RecordBatch:
+    """Of answered rows their numbers and the answer columns, by the names that `added` has.
+
+    For whoever hands in only the columns that prompts are made of: which names are free depends on
+    the others, too.
+    """
+    columns = batch.columns
+    row = pa.field(ROW, pa.int64(), nullable=False)
+    return pa.RecordBatch.from_arrays(
+        [columns[-1], *columns[-1 - len(added) : -1]], schema=pa.schema([row, *added])
+    )
+
+
 def _windows(batches: Iterable[pa.RecordBatch], window_rows: int) -> Iterator[pa.Table]:
     """Tables of about so many rows, cut where the place changes, if it does."""
     kept: list[pa.RecordBatch] = []
@@ -118,14 +131,14 @@ def _windows(batches: Iterable[pa.RecordBatch], window_rows: int) -> Iterator[pa
         kept.append(batch)
         num_rows += batch.num_rows
         num_bytes += batch.nbytes
-        if num_rows < window_rows and num_bytes < _WINDOW_BYTES:
+        if num_rows < window_rows and num_bytes < WINDOW_BYTES:
             continue
         table = pa.Table.from_batches(kept)
         while table.num_rows >= window_rows:
             cut = _cut(table, window_rows)
             yield table.slice(0, cut)
             table = table.slice(cut)
-        if table.nbytes >= _WINDOW_BYTES:
+        if table.nbytes >= WINDOW_BYTES:
             yield table
             table = table.slice(0, 0)
         kept, num_rows, num_bytes = table.to_batches(), table.num_rows, table.nbytes

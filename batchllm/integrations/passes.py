@@ -5,7 +5,7 @@ A look at a few rows, by which the driver cuts the sorted order of prompts into 
 row gets its number in the table and its place.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -106,6 +106,29 @@ def place_rows(
             batch, {ROW: numbers, PLACE: places if labels is None else labels[places]}
         )
     _check_count(row, ranges, partition)
+
+
+def by_place(
+    batches: Sequence[pa.RecordBatch], rows: Ints, places: Ints
+) -> Iterator[pa.RecordBatch]:
+    """Batches' rows in the order of their places, for `PartitionRun`: taken when they are due.
+
+    From each batch for itself: to take from a table, Arrow would put it together in memory.
+
+    Args:
+        batches: without `ROW` and `PLACE`.
+        rows: their rows' numbers in the table, [num_rows].
+        places: and their places, [num_rows].
+    """
+    starts = np.cumsum([0, *(batch.num_rows for batch in batches)])
+    order = np.argsort(places, kind="stable")
+    owners = np.searchsorted(starts, order, "right") - 1
+    ends = np.flatnonzero((np.diff(places[order]) != 0) | (np.diff(owners) != 0)) + 1
+    for mine in np.split(order, ends):
+        if len(mine):
+            owner = int(np.searchsorted(starts, mine[0], "right")) - 1
+            batch = batches[owner].take(pa.array(mine - starts[owner]))
+            yield with_columns(batch, {ROW: rows[mine], PLACE: places[mine]})
 
 
 def with_columns(batch: pa.RecordBatch, added: dict[str, Ints]) -> pa.RecordBatch:

@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import pytest
-from guides import ROOT, run_guide
+from guides import run_guide
 
 from batchllm import LLM, SamplingParams
 from batchllm.errors import UsageError
@@ -211,6 +211,6 @@ def test_a_task_sees_the_gpus_that_its_profile_asks_for(files):
     assert "5" in {row.gpus for row in seen}
 
 
-def test_the_guide_runs(tmp_path, spark):
+def test_the_guide_runs(tmp_path, monkeypatch, spark):
     spark.stop()  # it starts one of its own; the last test here
-    run_guide(ROOT / "docs" / "SPARK.md", tmp_path)
+    run_guide("SPARK.md", tmp_path, monkeypatch)

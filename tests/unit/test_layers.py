@@ -54,13 +54,16 @@ ALLOWED = {
         *("errors", "request", "config", "metrics", "prefix", "io", "models", "runner", "simulate"),
         *("text", "prompting", "windows", "api", "integrations"),
     },
-    "spark": {"errors", "prefix", "integrations"},
     "api": {
         "watch",
         *("errors", "request", "config", "metrics", "engine", "prefix", "cache"),
         *("outputs", "prompting", "describe", "replica_messages", "replicas"),
         *("scheduler", "simulate", "runner", "models", "text", "io"),
     },
+    "polars": {"errors", "integrations"},
+    "datasets": {"errors", "integrations"},
+    "ray": {"errors", "integrations"},
+    "spark": {"errors", "prefix", "integrations"},
 }
 NO_TORCH = (
     "batchllm",
@@ -89,6 +92,7 @@ NO_TORCH = (
     "batchllm.models.locate",
     "batchllm.report.plan",
     "batchllm.report.simulation",
+    "batchllm.integrations.passes",
 )
 
 

@@ -1,0 +1,20 @@
+"""Reviews of products, as rows come: shuffled, and some have no text, which is an error."""
+
+import numpy as np
+import pyarrow as pa
+
+OPTIONS = {"model": "fake", "template": "{{ product }}\n{{ text.strip() }}?", "max_tokens": 6}
+RESULTS = ["answer", "finish_reason", "prompt_tokens", "output_tokens", "error"]
+
+
+def reviews(num_rows, seed=0):
+    rng = np.random.default_rng(seed)
+    products = [f"Product {i}: " + " ".join(["fine"] * int(rng.integers(5, 80))) for i in range(40)]
+    of = rng.zipf(1.5, num_rows) % len(products)
+    return pa.table(
+        {
+            "id": np.arange(num_rows),
+            "product": [products[i] for i in of],
+            "text": [None if i % 97 == 5 else f"review number {i % 500}" for i in range(num_rows)],
+        }
+    )
