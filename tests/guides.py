@@ -3,14 +3,16 @@
 import re
 from pathlib import Path
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 
 
 def run_guide(name, directory, monkeypatch):
-    """Run the blocks in an empty directory; returns the names they defined."""
+    """Run the blocks where the project's `datasets` are too; returns the names they defined."""
     text = (DOCS / name).read_text()
     blocks = list(re.finditer(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
     assert blocks, f"{name} has nothing to run"
+    (directory / "datasets").symlink_to(ROOT / "datasets")
     monkeypatch.chdir(directory)
     names = {"__name__": "guide"}
     for block in blocks:

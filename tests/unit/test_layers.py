@@ -62,6 +62,7 @@ ALLOWED = {
     },
     "polars": {"errors", "integrations"},
     "datasets": {"errors", "integrations"},
+    "dask": {"errors", "integrations", "io", "text"},
     "ray": {"errors", "integrations"},
     "spark": {"errors", "prefix", "integrations"},
 }
