@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Sets everything up and runs the checks: linter, types, tests (quick ones, then slow ones).
-# Usage: scripts/test.sh [--quick]      --quick leaves out what needs the real model
+# Usage: scripts/test.sh [--quick]      --quick leaves out what needs the real model or a cluster
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh dev
@@ -15,4 +15,5 @@ tests=("$bin/python" -m pytest -q -n "$((workers < 4 ? workers : 4))")
 echo "== quick tests" && "${tests[@]}" --dist loadfile
 if [ "${1:-}" != --quick ]; then
     echo "== slow tests" && "${tests[@]}" --dist loadgroup -m "slow and not gpu"
+    echo "== clusters" && "${tests[@]}" --dist loadfile -m "spark or dask or ray"
 fi

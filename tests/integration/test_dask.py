@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
-from test_integrations import RESULTS, alone, call_of, reviews
+from reviews import RESULTS, alone, call_of, reviews
 
 from batchllm.errors import UsageError
 from batchllm.integrations.summary import Summary
@@ -44,7 +44,7 @@ def local():
 
 @pytest.fixture(scope="module")
 def table():
-    return reviews(np.random.default_rng(0), 3000)
+    return reviews(3000, seed=0)
 
 
 @pytest.fixture(scope="module")

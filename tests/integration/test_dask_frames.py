@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+from reviews import alone, call_of, reviews
 from test_dask import OPTIONS, same_answers
-from test_integrations import alone, call_of, reviews
 
 from batchllm.errors import InputError, UsageError
 from batchllm.integrations.summary import Summary
@@ -31,7 +31,7 @@ def scheduler():
 
 @pytest.fixture(scope="module")
 def table():
-    return reviews(np.random.default_rng(0), 600)
+    return reviews(600, seed=0)
 
 
 @pytest.fixture(scope="module")

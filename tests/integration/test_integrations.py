@@ -4,8 +4,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from cluster import run, split
+from reviews import RESULTS, alone, call_of, reviews
 
-from batchllm import LLM
 from batchllm.errors import InputError, UsageError
 from batchllm.integrations.call import GenerateCall
 from batchllm.integrations.held import ModelHolder
@@ -13,43 +13,15 @@ from batchllm.integrations.passes import count_rows, place_rows, sample_rows
 from batchllm.integrations.survey import survey
 from batchllm.models.checkpoint import ModelSource
 
-RESULTS = ["answer", "finish_reason", "prompt_tokens", "output_tokens", "error"]
-
-
-def reviews(rng, num_rows):
-    """Reviews of products, as rows come: shuffled; some are null."""
-    products = [
-        f"Product {i}: " + " ".join(map(str, rng.integers(0, 999, rng.integers(5, 80))))
-        for i in range(40)  # tokens do not sort as texts do
-    ]
-    of = rng.zipf(1.5, num_rows) % len(products)
-    return pa.table(
-        {
-            "id": np.arange(num_rows),
-            "product": [products[i] for i in of],
-            "text": [None if i % 97 == 5 else f"review number {i % 500}" for i in range(num_rows)],
-        }
-    )
-
 
 @pytest.fixture(scope="module")
 def table():
-    return reviews(np.random.default_rng(0), 3000)
+    return reviews(3000)
 
 
 @pytest.fixture
 def holder():
     return ModelHolder()
-
-
-def call_of(**options):
-    options = {"template": "{{ product }}\n{{ text.strip() }}?", "max_tokens": 6} | options
-    return GenerateCall.of_options(model="fake", **options)
-
-
-def alone(call, table):
-    llm = LLM(call.model.open(), call.config)
-    return llm.generate_table(table, call.spec, call.params), llm.metrics
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -212,5 +212,5 @@ def test_a_task_sees_the_gpus_that_its_profile_asks_for(files):
 
 
 def test_the_guide_runs(tmp_path, monkeypatch, spark):
-    spark.stop()  # it starts one of its own; the last test here
+    # Its session is the one that is there, and it stops it: the last test here.
     run_guide("SPARK.md", tmp_path, monkeypatch)
