@@ -167,7 +167,7 @@ def workloads(num_rows: int) -> Iterator[Workload]:
     questions = pa.array([" ".join(rng.choice(words, 8)) + "?" for _ in range(100)])
     uniform = rng.permutation(num_rows)
     asked = {
-        "2,000 documents × 100 questions": (uniform % 2000, uniform // 2000 % 100),
+        "2,000 documents, 100 questions each": (uniform % 2000, uniform // 2000 % 100),
         "2,000 documents, zipf(1.2)": (
             rng.zipf(1.2, num_rows) % 2000,
             rng.integers(0, 100, num_rows),
