@@ -38,7 +38,12 @@ CUDA_SOURCE = str(cuda.SOURCE.relative_to(CUDA.parent))
 
 
 class BuildKernels(build_ext):
-    """g++ for the CPU's kernels, as setuptools does, nvcc for the GPU's."""
+    """g++ for the CPU's kernels, as setuptools does, nvcc for the GPU's, one on each core."""
+
+    def finalize_options(self) -> None:
+        """Not one after the other, unless that was asked for."""
+        super().finalize_options()
+        self.parallel = self.parallel or True
 
     def build_extension(self, ext: Extension) -> None:
         """Compile one library."""
@@ -68,7 +73,7 @@ extensions = [
 ]
 if cuda.find_nvcc():
     headers = [str(path.relative_to(CUDA.parent)) for path in cuda.HEADERS]
-    extensions.append(
-        Extension("batchllm.native._cuda", [CUDA_SOURCE], depends=headers, optional=True)
+    extensions.insert(  # it takes longest
+        0, Extension("batchllm.native._cuda", [CUDA_SOURCE], depends=headers, optional=True)
     )
 setup(ext_modules=extensions, cmdclass={"build_ext": BuildKernels})

@@ -77,15 +77,47 @@ def python_values(column: pa.ChunkedArray, errors: RowErrors) -> list[Any]:
     A row whose value has none, such as text that is not UTF-8, becomes None and an error. Times
     that Python's are too coarse or too short for become text.
     """
+    # Of nanoseconds Arrow makes pandas' types, but only where pandas is installed.
+    kind = _of_microseconds(column.type)
     try:
+        if kind != column.type:
+            column = column.cast(kind)
         return column.to_pylist()  # type: ignore[no-any-return]
     except Exception:  # one value is enough, by what it is: find it
-        return [_python_value(value, row, errors) for row, value in enumerate(column)]
+        return [_python_value(value, kind, row, errors) for row, value in enumerate(column)]
 
 
-def _python_value(value: pa.Scalar, row: int, errors: RowErrors) -> Any:  # noqa: ANN401
+def _of_microseconds(kind: pa.DataType) -> pa.DataType:
+    """The type with microseconds wherever it has nanoseconds."""
+    if pa.types.is_timestamp(kind) and kind.unit == "ns":
+        return pa.timestamp("us", kind.tz)
+    if pa.types.is_duration(kind) and kind.unit == "ns":
+        return pa.duration("us")
+    if pa.types.is_time64(kind):
+        return pa.time64("us")
+    if pa.types.is_struct(kind):
+        return pa.struct([f.with_type(_of_microseconds(f.type)) for f in kind.fields])
+    if pa.types.is_map(kind):
+        return pa.map_(
+            _of_microseconds(kind.key_type), _of_microseconds(kind.item_type), kind.keys_sorted
+        )
+    if pa.types.is_dictionary(kind):
+        value = _of_microseconds(kind.value_type)
+        return kind if value == kind.value_type else value
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(_field_of_microseconds(kind), kind.list_size)
+    if pa.types.is_large_list(kind):
+        return pa.large_list(_field_of_microseconds(kind))
+    return pa.list_(_field_of_microseconds(kind)) if pa.types.is_list(kind) else kind
+
+
+def _field_of_microseconds(kind: pa.DataType) -> pa.Field:
+    return kind.value_field.with_type(_of_microseconds(kind.value_type))
+
+
+def _python_value(value: pa.Scalar, kind: pa.DataType, row: int, errors: RowErrors) -> Any:  # noqa: ANN401
     try:
-        return value.as_py()
+        return (value if kind == value.type else value.cast(kind)).as_py()
     except UnicodeDecodeError:
         errors.setdefault(row, RowError("invalid_utf8", "the text is not valid UTF-8"))
     except Exception as error:

@@ -195,6 +195,21 @@ def test_a_function_for_sql(spark, files, table):
         register_function(spark, template=TEMPLATE)
 
 
+def test_a_model_that_was_shipped_is_found_on_every_worker(
+    spark, files, table, tiny_model, tmp_path
+):
+    packed = shutil.make_archive(str(tmp_path / "packed"), "zip", tiny_model)
+    spark.sparkContext.addArchive(f"{packed}#shipped")
+    options = {"template": "{{ q }}", "chat": False, "dtype": "float32", "max_tokens": 4}
+    some = files.select("id", "q").where("id < 60")
+    got = generate(some, model="shipped", kv_memory=1 << 24, **options).toArrow()
+    llm = LLM(tiny_model, dtype="float32", kv_memory=1 << 24)
+    expected = llm.generate(
+        table.slice(0, 60), SamplingParams(max_tokens=4), template="{{ q }}", chat=False
+    )
+    assert got.sort_by("id")["answer"].to_pylist() == expected["answer"].to_pylist()
+
+
 def test_a_task_sees_the_gpus_that_its_profile_asks_for(files):
     profile = gpu_profile(1)
     some = files.where("id < 100")

@@ -7,12 +7,12 @@ import pytest
 
 from batchllm.errors import UsageError
 
-EXTRAS = ("polars", "datasets", "ray")
+LIBRARIES = {extra: extra for extra in ("polars", "datasets", "ray", "dask")} | {"spark": "pyspark"}
 
 
-@pytest.mark.parametrize("extra", EXTRAS)
-def test_a_missing_library_is_named(extra, monkeypatch):
-    monkeypatch.setitem(sys.modules, extra, None)  # imports fail as if it were not installed
+@pytest.mark.parametrize(("extra", "library"), LIBRARIES.items())
+def test_a_missing_library_is_named(extra, library, monkeypatch):
+    monkeypatch.setitem(sys.modules, library, None)  # imports fail as if it were not installed
     monkeypatch.delitem(sys.modules, f"batchllm.{extra}", raising=False)
     with pytest.raises(UsageError, match=rf"pip install 'batchllm\[{extra}\]'"):
         importlib.import_module(f"batchllm.{extra}")

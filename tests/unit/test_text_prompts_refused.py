@@ -1,9 +1,12 @@
 """Rows that Python, the tokenizer or memory cannot take: their own error, and the others go on."""
 
 import datetime
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow as pa
+import pytest
 from builders import tiny_tokenizer
 
 from batchllm.errors import ModelError
@@ -72,6 +75,45 @@ def test_a_value_that_cannot_be_read_is_that_row_s_error():
     assert batch.errors[1].code == "invalid_value"
     assert len(batch.tokens[0])
     assert datetime.MINYEAR == 1
+
+
+@pytest.mark.parametrize("has_pandas", [True, False])
+def test_nanoseconds_are_printed_alike_with_pandas_and_without(has_pandas):
+    nano, exact = pa.timestamp("ns"), pa.array([0, 1000, None], pa.timestamp("ns"))
+    kinds = {
+        "plain": exact,
+        "fine": pa.array([0, 1, None], nano),
+        "zone": exact.cast(pa.timestamp("ns", "UTC")),
+        "many": pa.array([[0], [1000], None], pa.list_(nano)),
+        "two": pa.array([[0, 1000], None, [0, 0]], pa.list_(nano, 2)),
+        "large": pa.array([[0], [1000], []], pa.large_list(nano)),
+        "fields": pa.array([{"x": 1000}] * 3, pa.struct([("x", pa.duration("ns"))])),
+        "map": pa.array([[("a", 1000)]] * 3, pa.map_(pa.string(), nano)),
+        "words": exact.dictionary_encode(),
+        "clock": pa.array([0, 1000, 1], pa.time64("ns")),
+    }
+    code = "\n".join(
+        [
+            "import sys",
+            "" if has_pandas else "sys.modules['pandas'] = None",
+            "import pyarrow as pa",
+            "from batchllm.text.columns import python_values",
+            "table = pa.ipc.open_stream(sys.stdin.buffer).read_all()",
+            "errors = {}",
+            "print([python_values(column, errors) for column in table.columns], errors)",
+        ]
+    )
+    sink = pa.BufferOutputStream()
+    table = pa.table(kinds)
+    with pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
+    run = [sys.executable, "-c", code]
+    printed = subprocess.run(
+        run, input=sink.getvalue().to_pybytes(), capture_output=True, check=True
+    )
+    assert b"Timestamp" not in printed.stdout and b"Timedelta" not in printed.stdout
+    assert b"'1970-01-01 00:00:00.000000001'" in printed.stdout
+    assert b"microseconds=1" in printed.stdout and printed.stdout.strip().endswith(b"{}")
 
 
 def test_fields_of_dictionaries_that_arrow_cannot_decode_are_printed():
