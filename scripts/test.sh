@@ -7,12 +7,16 @@ bash scripts/setup.sh dev
 bin="${BATCHLLM_VENV:-.venv}/bin"
 
 echo "== ruff" && "$bin/ruff" check . && "$bin/ruff" format --check .
-echo "== mypy" && "$bin/mypy"
+types=$(mktemp)
+trap 'rm -f "$types"' EXIT
+"$bin/mypy" >"$types" 2>&1 &  # it takes a core for a minute, and is asked after the quick tests
+mypy=$!
 # Several processes of one thread each are done sooner than one of several threads.
 workers=$(nproc)
 export OMP_NUM_THREADS=1
 tests=("$bin/python" -m pytest -q -n "$((workers < 4 ? workers : 4))")
 echo "== quick tests" && "${tests[@]}" --dist loadfile
+echo "== mypy" && { wait "$mypy" || { cat "$types"; exit 1; }; } && cat "$types"
 if [ "${1:-}" != --quick ]; then
     echo "== slow tests" && "${tests[@]}" --dist loadgroup -m "slow and not gpu"
     echo "== clusters" && "${tests[@]}" --dist loadfile -m "spark or dask or ray"

@@ -117,7 +117,7 @@ def table(rng, num_groups):
 
 
 def test_partitions_of_an_uneven_table_cost_alike_though_only_a_sample_was_counted():
-    keys, answers = table(np.random.default_rng(0), 3000)
+    keys, answers = table(np.random.default_rng(0), 1500)
     rates = Rates(prompt_token=1.0, pair=0.001, output_token=10.0, read=0.0)
     sample = keys[::8]
     ranges = choose_ranges(sample, np.ones(len(sample)), 400)
