@@ -25,6 +25,8 @@ from batchllm.integrations.call import GenerateCall
 from batchllm.integrations.summary import Summary
 from batchllm.integrations.whole import answer_table
 
+__all__ = ["Summary", "generate"]
+
 Splits = TypeVar("Splits", hf.Dataset, hf.DatasetDict)
 
 

@@ -18,6 +18,8 @@ from batchllm.integrations.call import GenerateCall
 from batchllm.integrations.summary import Summary
 from batchllm.integrations.whole import answer_table
 
+__all__ = ["DataFrameNamespace", "LazyFrameNamespace", "Summary"]
+
 
 @pl.api.register_dataframe_namespace("batchllm")
 class DataFrameNamespace:

@@ -37,6 +37,8 @@ from batchllm.integrations.ray_tasks import (
 from batchllm.integrations.summary import PartitionReport, Summary
 from batchllm.integrations.survey import expected, sample_size, survey
 
+__all__ = ["Summary", "generate"]
+
 Refs = list["ray.ObjectRef[Any]"]
 _schema = ray.remote(schema_of)
 _sample = ray.remote(sample_block)
