@@ -14,10 +14,10 @@ mypy=$!
 # Several processes of one thread each are done sooner than one of several threads.
 workers=$(nproc)
 export OMP_NUM_THREADS=1
-tests=("$bin/python" -m pytest -q -n "$((workers < 4 ? workers : 4))")
-echo "== quick tests" && "${tests[@]}" --dist loadfile
+tests=("$bin/python" -m pytest -q -n "$((workers < 4 ? workers : 4))" --dist loadfile)
+echo "== quick tests" && "${tests[@]}"
 echo "== mypy" && { wait "$mypy" || { cat "$types"; exit 1; }; } && cat "$types"
 if [ "${1:-}" != --quick ]; then
-    echo "== slow tests" && "${tests[@]}" --dist loadgroup -m "slow and not gpu"
-    echo "== clusters" && "${tests[@]}" --dist loadfile -m "spark or dask or ray"
+    echo "== slow tests" && "${tests[@]}" -m "slow and not gpu"
+    echo "== clusters" && "${tests[@]}" -m "spark or dask or ray"
 fi

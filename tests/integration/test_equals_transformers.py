@@ -28,14 +28,9 @@ ROOT = Path(__file__).parents[2]
 NUM_NEW_TOKENS = 12
 
 
-def in_one_process(dtype):
-    """What the yardstick has answered for a dtype is kept, so its tests belong together."""
-    return pytest.param(dtype, marks=pytest.mark.xdist_group(dtype))
-
-
-@pytest.fixture(scope="module", params=map(in_one_process, ["bfloat16", "float32"]))
-def dtype(request):
-    return request.param
+@pytest.fixture(scope="module")
+def dtype():
+    return "float32"
 
 
 @pytest.fixture(scope="module")
@@ -66,14 +61,14 @@ def prompts(llm):
     rng = np.random.default_rng(0)
     chosen = [long[i % 2][100:][:n] for i, n in enumerate([5, 6, 7, 17, 64, 255, 700, 1500])]
     for start in (0, 400):  # two documents, each asked several things: a tree of three levels
-        head = long[0][start : start + 200]
+        head = long[0][start : start + 120]
         for part in range(2):
-            section = np.concatenate([head, long[1][part * 300 :][: 90 + 40 * part]])
+            section = np.concatenate([head, long[1][part * 300 :][: 40 + 20 * part]])
             for _ in range(6):
                 at, size = rng.integers(1000), rng.integers(5, 40)
                 chosen.append(np.concatenate([section, long[0][at : at + size]]))
     for _ in range(20):  # nothing in common
-        at, size = rng.integers(900), int(rng.integers(5, 300))
+        at, size = rng.integers(900), int(rng.integers(5, 120))
         chosen.append(long[int(rng.integers(2))][at : at + size])
     chats = [f"{text[:300]}\n\nWhat is this about?" for text in texts[:14]]
     spec = [{"role": "user", "content": c} for c in chats]
