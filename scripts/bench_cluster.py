@@ -103,7 +103,7 @@ def on_ray(folder: Path, workers: int, work: Workload) -> Outcome:
 
     ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
-    ray.data.DataContext.get_current().wait_for_min_actors_s = 60
+    ray.data.DataContext.get_current().wait_for_min_actors_s = 300
     dataset = ray.data.read_parquet(str(folder), override_num_blocks=FILES)
     summary = Summary()
     answered = generate(dataset, summary=summary, workers=workers, **work.options)

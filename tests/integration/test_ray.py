@@ -35,7 +35,7 @@ def cluster():
     )
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    context.wait_for_min_actors_s = 120  # so that the first does not answer what is the second's
+    context.wait_for_min_actors_s = 300  # so that the first does not answer what is the second's
     yield
     ray.shutdown()
 
