@@ -76,17 +76,22 @@ def choose_partitions(tally: Tally, tokens: TokenRate, rates: Rates, shares: Flo
     seconds = prefix_seconds(begin, end, outputs, rates)
     inner = np.where(ends, 0.0, seconds) / tally.rate
     own = np.bincount(tally.first, inner, len(tally.rows)) + _ends(tally, seconds, rates)
-    own[:1] += head
     all_of_it = seconds + np.where(ends, answer_seconds(tally.answer, rates), 0.0)
     again = _begun_again(tally, all_of_it / tally.rate) + head
-    again[:1] = 0.0
-    costs = Costs(own, again)
-    bounds = np.unique(divide(costs, shares))
+    filled = np.flatnonzero(tally.rows)  # a partition begins where rows are
+    if len(filled) == 0:
+        filled = np.zeros(1, dtype=np.int64)
+    own[filled[0]] += head[0]
+    again[filled[0]] = 0.0
+    costs = Costs(own[filled], again[filled])
+    cuts = np.unique(divide(costs, shares))
+    bounds = np.append(filled, len(tally.rows))[cuts]
+    bounds[0] = 0
     rows = np.concatenate([[0], np.cumsum(tally.rows)])
     repeated = _begun_again(tally, (end - begin) / tally.rate) + tokens.head
     return Partitions(
         bounds,
-        range_seconds(costs, bounds),
+        range_seconds(costs, cuts),
         np.diff(rows[bounds]),
         float((end - begin).sum() / tally.rate + tokens.head),
         float(repeated[bounds[1:-1]].sum()),

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from batchllm.prefix.balance import (
@@ -83,11 +83,12 @@ def test_counts_of_parts_merge_into_those_of_the_whole(keys, ranges, data):
             )  # fewer neighbours show less of what is shared
 
 
+@example([b"b" * CHUNK, b"b" * 2 * CHUNK], KeyRanges([b"b" * 90, b"b" * 96]), 3)  # an empty range
 @given(KEYS, BOUNDS, st.integers(1, 4))
 def test_costs_and_what_cuts_repeat_are_those_of_the_distinct_prefixes(keys, ranges, workers):
     partitions = choose_partitions(count(keys, ranges), BYTES, PREFILL, np.ones(workers))
     assert partitions.bounds[0] == 0 and partitions.bounds[-1] == ranges.count
-    assert partitions.rows.sum() == len(keys)
+    assert partitions.rows.sum() == len(keys) and (partitions.rows > 0).all()
     of_key = partitions.of_range[ranges.assign(keys, np.arange(len(keys)))].tolist()
     apart = sum(
         num_prefixes([key for key, at in zip(keys, of_key, strict=True) if at == number])
