@@ -1,5 +1,6 @@
 """Hugging Face's implementation, the yardstick for weights, logits and answers."""
 
+import copy
 from functools import cache
 
 import torch
@@ -13,9 +14,21 @@ FLOAT32_ROUNDING = 1e-3
 @cache
 def load_gguf_model(path, dtype=torch.float32):
     """Load a GGUF file as `from_pretrained(gguf_file=…)` does, less its demand for accelerate."""
+    model = copy.deepcopy(_read_gguf_model(path)).to(dtype).eval()
+    if dtype == torch.bfloat16 and not has_fast_bfloat16():
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.forward = _widened(module)
+    return model
+
+
+@cache
+def _read_gguf_model(path):
+    import gguf
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+    gguf.get_tensor_name_map = cache(gguf.get_tensor_name_map)  # asked for by each of 400 modules
     config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
@@ -23,11 +36,6 @@ def load_gguf_model(path, dtype=torch.float32):
     assert not unexpected
     assert set(missing) <= {"lm_head.weight"}
     model.tie_weights()
-    model = model.to(dtype).eval()
-    if dtype == torch.bfloat16 and not has_fast_bfloat16():
-        for module in model.modules():
-            if isinstance(module, torch.nn.Linear):
-                module.forward = _widened(module)
     return model
 
 

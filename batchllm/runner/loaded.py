@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from batchllm.cache.memory import free_memory, num_kv_blocks
 from batchllm.config import EngineConfig
 from batchllm.runner.threads import Threads
 from batchllm.scheduler.batch import Batch, StepOutput
@@ -55,3 +56,14 @@ class LoadedRunner:
 def usable_blocks(config: EngineConfig, device: str, max_model_len: int) -> int:
     """Blocks of KV that all sequences at their longest have: more can never be used."""
     return config.step_limits(device).max_num_seqs * -(-max_model_len // config.block_size)
+
+
+def affordable_blocks(config: EngineConfig, kv_bytes_per_token: int, max_model_len: int) -> int:
+    """Blocks of KV that the machine's memory has room for now, and that can be used.
+
+    Raises:
+        UsageError: not one block fits, or more is asked for than there is.
+    """
+    free = free_memory() // config.num_processes
+    num_blocks = num_kv_blocks(config.kv_memory_each, config.block_size * kv_bytes_per_token, free)
+    return min(num_blocks, usable_blocks(config, "cpu", max_model_len))

@@ -13,12 +13,11 @@ from dataclasses import dataclass, replace
 
 from batchllm.config import EngineConfig
 from batchllm.engine import AheadRunner, PendingStep
-from batchllm.errors import PeerLostError, UsageError
+from batchllm.errors import PeerLostError
 from batchllm.models.checkpoint import Checkpoint, ModelSource
-from batchllm.models.parallel import Shard, check_divides
-from batchllm.runner.load import load_runner
+from batchllm.models.parallel import Shard
+from batchllm.runner.load import load_shard
 from batchllm.runner.loaded import LoadedRunner, StepRunner
-from batchllm.runner.timed import Clock
 from batchllm.runner.workers import Shrink, Workers
 from batchllm.scheduler.batch import Batch, StepOutput
 
@@ -90,22 +89,13 @@ def _shrink(runner: StepRunner, workers: Workers, num_blocks: int) -> int:
 
 
 def load_in_processes(
-    checkpoint: Checkpoint,
-    config: EngineConfig,
-    max_model_len: int,
-    clock: Clock | None = None,
+    checkpoint: Checkpoint, config: EngineConfig, max_model_len: int
 ) -> LoadedRunner:
-    """Load a model, in as many processes as are to share it; see `load_runner`.
+    """Load a model into this process and its workers, a shard each.
 
     Raises:
-        UsageError: the model cannot be divided among so many.
         WorkerError: a worker failed.
     """
-    check_divides(checkpoint.config, config.tensor_parallel_size)
-    if config.tensor_parallel_size == 1:
-        return load_runner(checkpoint, config, max_model_len, clock)
-    if clock is not None:
-        raise UsageError("only a model in one process can be measured part by part")
     workers = Workers(ModelSource.of(checkpoint), config, max_model_len)
     try:
         return _load_shared(checkpoint, config, max_model_len, workers)
@@ -123,7 +113,7 @@ def _load_shared(
 ) -> LoadedRunner:
     group = workers.join()
     shard = Shard(0, config.tensor_parallel_size, group)
-    loaded = load_runner(checkpoint, config, max_model_len, shard=shard)
+    loaded = load_shard(checkpoint, config, max_model_len, shard=shard)
     counts = [loaded.num_blocks, *workers.ready()]
     runner = _with_workers(loaded.runner, workers)
     num_blocks = min(counts)

@@ -8,7 +8,7 @@ from batchllm.models.parallel import Shard
 from batchllm.request import SamplingParams
 from batchllm.runner.choose_device import choose_device
 from batchllm.runner.group import connect
-from batchllm.runner.load import load_runner
+from batchllm.runner.load import load_shard
 from batchllm.runner.workers import Shrink, Step, WorkerReady, WorkerSetup
 
 
@@ -21,7 +21,7 @@ def work(rank0: Parent) -> None:
     rank0.send(WorkerReady(0))
     device = choose_device(setup.config.device)
     shard = Shard(setup.rank, size, connect(setup.rank, size, setup.meeting, device))
-    loaded = load_runner(checkpoint, setup.config, setup.max_model_len, shard=shard)
+    loaded = load_shard(checkpoint, setup.config, setup.max_model_len, shard=shard)
     runner = loaded.runner
     run = runner.submit if isinstance(runner, AheadRunner) else runner.execute
     rank0.send(WorkerReady(loaded.num_blocks))

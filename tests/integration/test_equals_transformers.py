@@ -61,16 +61,16 @@ def prompts(llm):
     rng = np.random.default_rng(0)
     chosen = [long[i % 2][100:][:n] for i, n in enumerate([5, 6, 7, 17, 64, 255, 700, 1500])]
     for start in (0, 400):  # two documents, each asked several things: a tree of three levels
-        head = long[0][start : start + 120]
+        head = long[0][start : start + 64]
         for part in range(2):
-            section = np.concatenate([head, long[1][part * 300 :][: 40 + 20 * part]])
+            section = np.concatenate([head, long[1][part * 300 :][: 24 + 12 * part]])
             for _ in range(6):
-                at, size = rng.integers(1000), rng.integers(5, 40)
+                at, size = rng.integers(1000), rng.integers(5, 24)
                 chosen.append(np.concatenate([section, long[0][at : at + size]]))
     for _ in range(20):  # nothing in common
-        at, size = rng.integers(900), int(rng.integers(5, 120))
+        at, size = rng.integers(900), int(rng.integers(5, 48))
         chosen.append(long[int(rng.integers(2))][at : at + size])
-    chats = [f"{text[:300]}\n\nWhat is this about?" for text in texts[:14]]
+    chats = [f"{text[:120]}\n\nWhat is this about?" for text in texts[:14]]
     spec = [{"role": "user", "content": c} for c in chats]
     from batchllm.text.chat import ChatTemplate
 
@@ -87,6 +87,10 @@ def prompts(llm):
 @pytest.fixture(scope="module")
 def answers(llm, prompts):
     """Greedy, all prompts at once."""
+    return answer(llm, prompts)
+
+
+def answer(llm, prompts):
     outputs = llm.generate(prompts, SamplingParams(max_tokens=NUM_NEW_TOKENS))
     return [output.output_token_ids.tolist() for output in outputs]
 
@@ -94,32 +98,30 @@ def answers(llm, prompts):
 @pytest.mark.parametrize(
     ("options", "expects"),
     [
-        ({"kv_memory": 1 << 30}, "batched and shared"),
+        (None, "batched and shared"),
         ({"kv_memory": 1 << 30, "sharing": False}, "unshared"),
         ({"kv_memory": 1 << 30, "max_num_batched_tokens": 96}, "chunked"),
-        ({"kv_memory": 256 << 20}, "preempted"),
+        ({"policy": "dfs"}, "preempted"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_greedy_answers_equal(llm, oracle, truth, prompts, dtype, options, expects):
+def test_greedy_answers_equal(llm, oracle, truth, prompts, answers, dtype, options, expects):
     if dtype == "bfloat16" and expects in ("unshared", "chunked"):
         pytest.skip("float32 shows these exactly; in bfloat16 they add minutes and rounding")
     if expects == "preempted":  # room for the longest prompt, hardly more
         per_token = 2 * 30 * 3 * 64 * (2 if dtype == "bfloat16" else 4)
-        options = {"kv_memory": 1700 * per_token}
-    engine = LLM(llm.checkpoint, dtype=dtype, **options)
+        options = options | {"kv_memory": 1540 * per_token}
+    engine = llm if options is None else LLM(llm.checkpoint, dtype=dtype, **options)
     if expects == "preempted":  # teach it that answers are short, so that it admits too much
         for _ in range(100):
             engine._scheduler.lengths.observe(np.array([1]), np.array([NUM_NEW_TOKENS]))
-    outputs = engine.generate(prompts, SamplingParams(max_tokens=NUM_NEW_TOKENS))
+    got = answers if options is None else answer(engine, prompts)
     assert (engine.metrics.preemptions > 0) == (expects == "preempted")
     assert (engine.metrics.saved_share > 0.2) == (expects != "unshared")
     eos = set(llm.tokenizer.eos_token_ids)
     different = 0
-    for prompt, output in zip(prompts, outputs, strict=True):
-        different += check_greedy(
-            oracle, truth, eos, prompt, output.output_token_ids.tolist(), NUM_NEW_TOKENS
-        )
+    for prompt, ours in zip(prompts, got, strict=True):
+        different += check_greedy(oracle, truth, eos, prompt, ours, NUM_NEW_TOKENS)
     print(f"{dtype}, {expects}: {different} tokens differ, all within rounding")
     assert different == 0 or dtype == "bfloat16"
 
@@ -152,9 +154,10 @@ def test_logits_agree(llm, oracle, truth, prompts, answers, dtype):
         print(f"float32: logits differ by at most {error:.2e} of the largest")
         assert error < 1e-3
         return
-    exact = first_logits(truth, prompts, answers)
-    ours = relative_errors([got[i] for i in range(len(prompts))], exact)
-    their_errors = relative_errors(theirs, exact)
+    some = range(0, len(prompts), 2)  # their errors are an average's worth
+    exact = first_logits(truth, [prompts[i] for i in some], [answers[i] for i in some])
+    ours = relative_errors([got[i] for i in some], exact)
+    their_errors = relative_errors([theirs[i] for i in some], exact)
     print(
         f"bfloat16: off by {ours.mean():.2e} on average, Hugging Face by {their_errors.mean():.2e}"
     )

@@ -10,7 +10,7 @@ from batchllm.config import EngineConfig, StepLimits
 from batchllm.errors import UsageError
 from batchllm.models.device_operations import DeviceOperations
 from batchllm.models.operations import TorchOperations
-from batchllm.runner import decode_graphs, load, load_device
+from batchllm.runner import decode_graphs, load_device
 from batchllm.runner.device import CpuDevice
 from batchllm.runner.device_runner import DeviceRunner
 from batchllm.runner.fullest_steps import FullestSteps
@@ -51,7 +51,7 @@ def load_as_on_a_gpu(monkeypatch, recorder=None):
             checkpoint, config, max_model_len, threads, clock, device, recorder, shard
         )
 
-    monkeypatch.setattr(load, "_load_on_cpu", as_on_a_gpu)
+    monkeypatch.setattr("batchllm.runner.load_cpu.load_on_cpu", as_on_a_gpu)
 
 
 @pytest.fixture

@@ -94,6 +94,8 @@ NO_TORCH = (
     "batchllm.report.plan",
     "batchllm.report.simulation",
     "batchllm.integrations.passes",
+    "batchllm.api",
+    "batchllm.job",
 )
 
 
@@ -138,6 +140,12 @@ def test_the_package_imports_no_oracle():
 @pytest.mark.parametrize("module", NO_TORCH)
 def test_import_is_light(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_fake_does_without_torch():
+    code = "import sys, batchllm; batchllm.LLM('fake', kv_memory=1 << 20).generate(['a']); "
+    code += "sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
