@@ -15,10 +15,11 @@ mypy=$!
 # in order: the long ones are among the integration tests, which come first.
 workers=$(nproc)
 export OMP_NUM_THREADS=1
-tests=("$bin/python" -m pytest -q -n "$((workers < 4 ? workers : 4))" --dist loadfile --no-loadscope-reorder)
+several=(-n "$((workers < 4 ? workers : 4))" --dist loadfile --no-loadscope-reorder)
 if [ "${1:-}" = --quick ]; then
-    echo "== quick tests" && "${tests[@]}"
+    echo "== quick tests" && "$bin/python" -m pytest -q "${several[@]}"
 else
-    echo "== tests" && "${tests[@]}" -m "not gpu"
+    echo "== tests" && "$bin/python" -m pytest -q "${several[@]}" -m "not gpu and not spark and not dask and not ray"
+    echo "== clusters" && "$bin/python" -m pytest -q -m "spark or dask or ray"
 fi
 echo "== mypy" && { wait "$mypy" || { cat "$types"; exit 1; }; } && cat "$types"

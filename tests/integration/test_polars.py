@@ -29,7 +29,11 @@ def test_answers_are_those_of_one_engine(frame, answered):
     table = llm.generate(
         frame.to_arrow(), SamplingParams(max_tokens=6), template=OPTIONS["template"]
     )
-    assert_frame_equal(answered, pl.DataFrame(pl.from_arrow(table)))
+    alone = pl.DataFrame(pl.from_arrow(table))
+    # Who computed what all share depends on what a held model has learned of answers' lengths.
+    others = pl.exclude("cached_tokens")
+    assert_frame_equal(answered.select(others), alone.select(others))
+    assert answered.columns == alone.columns
     assert answered["error"].null_count() == 1500 - 16
 
 

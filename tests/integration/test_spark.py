@@ -31,6 +31,7 @@ pytestmark = [
 TEMPLATE = "{{ doc }}\n{{ q }}"
 RESULTS = ["answer", "finish_reason", "prompt_tokens", "output_tokens", "error"]
 NUM_ROWS = 6000
+SHORT_LIVED = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"  # a JVM that compiles less is ready sooner
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,8 @@ def spark(tmp_path_factory):
         SparkSession.builder.master("local-cluster[2,1,1024]")
         .config("spark.ui.enabled", "false")
         .config("spark.driver.host", "127.0.0.1")
+        .config("spark.driver.extraJavaOptions", SHORT_LIVED)
+        .config("spark.executor.extraJavaOptions", SHORT_LIVED)
         .config("spark.executor.memory", "512m")
         .config("spark.sql.shuffle.partitions", "2")
         .config("spark.sql.warehouse.dir", str(scratch))
