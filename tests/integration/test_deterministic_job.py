@@ -13,11 +13,11 @@ pytestmark = [
     pytest.mark.skipif(load_kernels() is None, reason="no kernels were compiled"),
 ]
 EXAMPLE = Path(__file__).parents[2] / "datasets" / "example.parquet"
-ROWS = 12
+ROWS = 8
 WAYS = [
     ("--threads", 2, "--kv-memory", "1G"),
-    ("--threads", 1, "--kv-memory", "128M", "--window-rows", 9, "--max-num-batched-tokens", 300),
-    ("--threads", 2, "--kv-memory", "64M", "--window-rows", 7, "--max-num-seqs", 5),
+    ("--threads", 1, "--kv-memory", "128M", "--window-rows", 6, "--max-num-batched-tokens", 300),
+    ("--threads", 2, "--kv-memory", "64M", "--window-rows", 5, "--max-num-seqs", 5),
 ]
 
 
