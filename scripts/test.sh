@@ -20,6 +20,7 @@ if [ "${1:-}" = --quick ]; then
     echo "== quick tests" && "$bin/python" -m pytest -q "${several[@]}"
 else
     echo "== tests" && "$bin/python" -m pytest -q "${several[@]}" -m "not gpu and not spark and not dask and not ray"
-    echo "== clusters" && "$bin/python" -m pytest -q -m "spark or dask or ray"
+    echo "== clusters"
+    "$bin/python" -m pytest -q -m "spark or dask or ray" tests/integration/test_{spark,dask,ray}*.py
 fi
 echo "== mypy" && { wait "$mypy" || { cat "$types"; exit 1; }; } && cat "$types"
