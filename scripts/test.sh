@@ -19,7 +19,9 @@ several=(-n "$((workers < 4 ? workers : 4))" --dist loadfile --no-loadscope-reor
 if [ "${1:-}" = --quick ]; then
     echo "== quick tests" && "$bin/python" -m pytest -q "${several[@]}"
 else
-    echo "== tests" && "$bin/python" -m pytest -q "${several[@]}" -m "not gpu and not spark and not dask and not ray"
+    echo "== tests"
+    "$bin/python" -m pytest -q "${several[@]}" -m "not gpu and not spark and not dask and not ray" \
+        --ignore-glob="*/test_spark*" --ignore-glob="*/test_dask*" --ignore-glob="*/test_ray*"
     echo "== clusters"
     "$bin/python" -m pytest -q -m "spark or dask or ray" tests/integration/test_{spark,dask,ray}*.py
 fi

@@ -21,7 +21,7 @@ def run(*words):
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="the shim needs a C compiler")
 def test_faulty_file_operations_lose_nothing():
-    counts = run("operations", "--every", 79)
+    counts = run("operations", "--every", 127)
     assert "KILL_BEFORE: killed" in counts and "FULL: refused" in counts
 
 
