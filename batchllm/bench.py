@@ -1,7 +1,7 @@
 """What this machine does with a model: measured, fitted, and compared with what is predicted."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from tempfile import TemporaryFile
 
@@ -26,7 +26,7 @@ from batchllm.simulate.cost import CostModel
 from batchllm.simulate.machine import Machine
 
 Ints = NDArray[np.int64]
-_RUNS = 3  # of each workload that is fitted to
+_ROUNDS = 3  # of calibrating
 _FIRST_ID = 20  # ids below are special tokens in many vocabularies
 
 
@@ -112,10 +112,25 @@ class BenchResult:
 
 @dataclass(frozen=True, slots=True)
 class BenchRun:
-    """A workload's steps, and its answers as they were finished."""
+    """A workload's steps, its answers as they were finished, and the parts of its seconds."""
 
     steps: list[MeasuredStep]
     answers: list[TokenIds]
+    parts: dict[str, float]
+
+    @classmethod
+    def fastest(cls, runs: Sequence["BenchRun"]) -> "BenchRun":
+        """Of the same steps run several times, the fastest of each; parts as in the fastest run.
+
+        That is what the machine does undisturbed: whatever else it does can only slow a step down.
+        """
+        steps = [
+            min(same, key=lambda step: step.seconds)
+            for same in zip(*(run.steps for run in runs), strict=True)
+        ]
+        best = min(runs, key=lambda run: run.seconds)
+        share = sum(step.seconds for step in steps) / best.seconds
+        return cls(steps, best.answers, {name: share * s for name, s in best.parts.items()})
 
     @property
     def seconds(self) -> float:
@@ -130,48 +145,55 @@ class Bench:
         self._llm = llm
         self._clock = clock
 
-    def calibrate(self, notify: Callable[[str], None] = lambda _: None) -> Machine:
-        """Measure products and memory, run the calibration workloads, and fit."""
+    def calibrate(
+        self, checks: Sequence[Workload] = CHECKS, notify: Callable[[str], None] = lambda _: None
+    ) -> tuple[Machine, list[BenchResult]]:
+        """Measure products and memory, run workloads, and fit; predict `checks`, not fitted to.
+
+        All of them take turns, a few rounds, since machines that are shared are slower at times:
+        by what was measured in one minute, another's could not be told.
+        """
         llm = self._llm
         assert isinstance(llm.runner, TorchRunner | DeviceRunner), "fake takes no clock"
-        notify("measuring matrix products and memory")
         pack, settle = llm.runner.operations.pack, self._clock.settle
-        with torch.device(llm.device):
-            start = replace(
-                llm.machine,
-                gemm_rates=gemm_rates(llm.shape, llm.dtype, pack, settle),
-                bandwidth=read_bandwidth(settle),
-            )
-        steps: list[MeasuredStep] = []
+        runs: dict[str, list[BenchRun]] = {w.name: [] for w in (*CALIBRATION, *checks)}
+        machine = replace(llm.machine, gemm_rates=(), bandwidth=0.0)
         self.run(CALIBRATION[0])  # the first steps of a process are slower
-        for workload in CALIBRATION:
-            notify(f"running {workload.name}")
-            # The same steps each time: the fastest of each is what the machine does undisturbed.
-            runs = [self.run(workload).steps for _ in range(_RUNS)]
-            steps += [min(same, key=lambda step: step.seconds) for same in zip(*runs, strict=True)]
-        return calibrate(start, llm.shape, steps)
+        for number in range(1, _ROUNDS + 1):
+            notify(f"round {number} of {_ROUNDS}: matrix products and memory")
+            with torch.device(llm.device):
+                machine = machine.at_best(
+                    gemm_rates(llm.shape, llm.dtype, pack, settle), read_bandwidth(settle)
+                )
+            for workload in (*CALIBRATION, *checks):
+                notify(f"round {number} of {_ROUNDS}: {workload.name}")
+                runs[workload.name].append(self.run(workload))
+        fastest = {name: BenchRun.fastest(some) for name, some in runs.items()}
+        steps = [step for workload in CALIBRATION for step in fastest[workload.name].steps]
+        machine = calibrate(machine, llm.shape, steps)
+        return machine, [self._result(w, fastest[w.name], machine) for w in checks]
 
     def check(self, workload: Workload, machine: Machine) -> BenchResult:
         """Run a workload and compare with what the machine's figures say."""
+        return self._result(workload, self.run(workload), machine)
+
+    def _result(self, workload: Workload, run: BenchRun, machine: Machine) -> BenchResult:
         llm = self._llm
         started = time.perf_counter()
         plan = workload.plan(llm.checkpoint.config.vocab_size)
         outside = {"making and planning prompts": time.perf_counter() - started}
         outputs = plan.max_tokens[plan.tree.leaf_row]
-        run = self.run(workload)
         outside["decoding and writing answers"] = self._write(run.answers)
         costs = CostModel(machine, llm.shape)
         predicted = simulate_policy(plan, outputs, "dfs", llm.limits, costs).seconds
         least = bound(plan.tree, outputs, machine, llm.shape, llm.num_kv_tokens).overlap
         tokens = int(plan.tokens.lengths.sum() + plan.max_tokens.sum())
-        return BenchResult(
-            workload, run.seconds, dict(self._clock.seconds), outside, predicted, least, tokens
-        )
+        return BenchResult(workload, run.seconds, run.parts, outside, predicted, least, tokens)
 
     def run(self, workload: Workload) -> BenchRun:
         """Run a workload, with a clock for each step and for the parts of all."""
         clock, scheduler = self._clock, self._llm.new_scheduler()
-        run = BenchRun([], [])
+        run = BenchRun([], [], {})
         scheduler.add(workload.plan(self._llm.checkpoint.config.vocab_size))
         clock.seconds.clear()
         schedule = clock.timed(SCHEDULER, scheduler.schedule)
@@ -183,6 +205,7 @@ class Bench:
             run.answers.extend(sequence.output_token_ids for sequence in update(batch, output))
             run.steps.append(MeasuredStep(batch, time.perf_counter() - started))
         clock.seconds[OTHER] = run.seconds - sum(clock.seconds.values())
+        run.parts.update(clock.seconds)
         return run
 
     def _write(self, answers: list[TokenIds]) -> float:

@@ -306,13 +306,15 @@ def bench(
         )
         typer.echo(llm.describe(), err=True)
         bench = Bench(llm, clock)
-        machine = llm.machine
         if calibrate:
-            machine = bench.calibrate(lambda text: typer.echo(text, err=True))
+            machine, results = bench.calibrate(CHECKS, lambda text: typer.echo(text, err=True))
             typer.echo(machine.as_text())
             typer.echo(f"kept in {save_machine(machine)}")
-        for workload in CHECKS:
-            typer.echo(bench.check(workload, machine).as_text())
+            for result in results:
+                typer.echo(result.as_text())
+        else:
+            for workload in CHECKS:
+                typer.echo(bench.check(workload, llm.machine).as_text())
 
 
 @app.command()

@@ -2,7 +2,7 @@
 
 import math
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from batchllm.errors import UsageError
 from batchllm.simulate.shape import ModelShape
@@ -55,6 +55,12 @@ class Machine:
             return table[max(place - 1, 0)][1]
         (low, slow), (high, fast) = table[place - 1], table[place]
         return slow + (fast - slow) * math.log(num_tokens / low) / math.log(high / low)
+
+    def at_best(self, gemm_rates: tuple[tuple[int, float], ...], bandwidth: float) -> "Machine":
+        """With the better of the rates it has and of these, for the same numbers of tokens."""
+        had = dict(self.gemm_rates)
+        best = tuple((tokens, max(rate, had.get(tokens, 0.0))) for tokens, rate in gemm_rates)
+        return replace(self, gemm_rates=best, bandwidth=max(bandwidth, self.bandwidth))
 
     def as_text(self) -> str:
         """Its figures, for people."""
