@@ -65,8 +65,14 @@ def whole(dataset):
 def test_two_workers_answer_as_one_engine_does(dataset, table, alone):
     from batchllm.ray import generate
 
+    def first_is_last(block):
+        if block["id"][0].as_py() == 0:
+            time.sleep(2)
+        return block
+
+    late = dataset.map_batches(first_is_last, batch_size=None, batch_format="pyarrow")
     summary = Summary()
-    got = generate(dataset, workers=2, summary=summary, **OPTIONS)
+    got = generate(late, workers=2, summary=summary, **OPTIONS)
     answers, metrics = alone
     assert got.num_blocks() == BLOCKS
     assert whole(got).select(table.column_names).equals(table.combine_chunks())

@@ -153,9 +153,11 @@ def test_an_executor_that_is_killed_loses_nothing(spark, files, table):
 
 
 def test_rows_of_a_shuffled_table_are_all_there_once(spark, files, table):
-    expected, _ = alone(table, max_tokens=3)
+    expected, metrics = alone(table, max_tokens=3)
+    summary = Summary()
     many = generate(
         files.select("doc", "id", "q").repartition(3, "q"),
+        summary=summary,
         model="fake",
         template=TEMPLATE,
         max_tokens=3,
@@ -166,6 +168,8 @@ def test_rows_of_a_shuffled_table_are_all_there_once(spark, files, table):
     assert got.select(["id", *RESULTS]).equals(
         expected.select(["id", *RESULTS]).cast(got.select(["id", *RESULTS]).schema)
     )
+    assert summary.metrics.windows >= 12
+    assert summary.metrics.computed_prompt_tokens <= 1.05 * metrics.computed_prompt_tokens
 
 
 def test_a_table_without_rows(spark, files):
