@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +26,7 @@ from batchllm.prompting import Prompt, choose_max_model_len, prompt_builder, tab
 from batchllm.replica_messages import ReplicaLoaded
 from batchllm.replicas import Replicas
 from batchllm.request import Request, RequestOutput, RowError, SamplingParams
+from batchllm.runner.clock import Clock
 from batchllm.runner.load import load_runner
 from batchllm.runner.loaded import LoadedRunner
 from batchllm.scheduler.base import StepScheduler
@@ -39,9 +40,6 @@ from batchllm.simulate.shape import shape_of
 from batchllm.text.field_order import ColumnRules, learn_field_order
 from batchllm.text.prompts import PromptBatch, PromptSpec
 from batchllm.watch import Onlooker, Pace, Watch
-
-if TYPE_CHECKING:
-    from batchllm.runner.timed import Clock
 
 _KEEP_SECONDS = 0.5  # the longest pause between hand-overs of answers
 NOBODY = Watch()
@@ -69,7 +67,7 @@ class LLM:
         model: str | Path | Checkpoint | None = None,
         config: EngineConfig | None = None,
         *,
-        clock: "Clock | None" = None,
+        clock: Clock | None = None,
         load_format: str = "auto",
         model_shape: str | None = None,
         **options: Any,

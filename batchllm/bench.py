@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from batchllm.api import LLM
 from batchllm.prefix.plan import PrefixPlan, plan_tokens
 from batchllm.request import RaggedTokens, SamplingParams, TokenIds
+from batchllm.runner.clock import OTHER, PARTS, SCHEDULER, Clock
 from batchllm.runner.device_runner import DeviceRunner
 from batchllm.runner.measure import gemm_rates, read_bandwidth
-from batchllm.runner.timed import OTHER, PARTS, SCHEDULER, Clock
 from batchllm.runner.torch_runner import TorchRunner
 from batchllm.scheduler.batch import Batch, StepOutput
 from batchllm.simulate.bound import bound
@@ -82,7 +82,7 @@ CHECKS = (
 class BenchResult:
     """A workload measured, simulated, and bounded, in seconds; tokens are prompt and output.
 
-    `parts` are those of runner/timed.py, in sum `seconds`; `outside` is what a table would take
+    `parts` are those of runner/clock.py, in sum `seconds`; `outside` is what a table would take
     beside these, before and after: planning, and answers to text and a file.
     """
 

@@ -288,7 +288,7 @@ def bench(
     with errors_as_exit_codes("interrupted"):
         from batchllm.api import LLM
         from batchllm.bench import CHECKS, Bench
-        from batchllm.runner.timed import Clock
+        from batchllm.runner.clock import Clock
         from batchllm.simulate.saved import save_machine
 
         if calibrate and quantization is not None:

@@ -65,6 +65,7 @@ def generate(
     workers: int | None = None,
     machine: str | None = None,
     resource_profile: ResourceProfile | None = None,
+    prompt_col: str | None = None,
     **options: Any,
 ) -> DataFrame:
     """Answer the rows of a DataFrame.
@@ -77,6 +78,7 @@ def generate(
         workers: how many tasks answer side by side; None is as many as the cluster runs now.
         machine: what a worker is like for the cost model, such as "h100"; None is like the driver.
         resource_profile: of the tasks that answer, see `gpu_profile`.
+        prompt_col: `prompt_column`, as Spark's own functions abbreviate it.
         **options: a `model` (a path that all can read, the name of a shipped file or directory, a
             hub id), the prompt's source, and fields of `SamplingParams` and `EngineConfig`; see
             `GenerateCall.of_options`.
@@ -88,6 +90,10 @@ def generate(
     Raises:
         UsageError: an argument makes no sense, or a column is missing.
     """
+    if prompt_col is not None:
+        if "prompt_column" in options:
+            raise UsageError("prompt_col and prompt_column are the same; give one")
+        options["prompt_column"] = prompt_col
     call = GenerateCall.of_options(**options)
     schema = _arrow_schema(df)
     added = from_arrow_schema(call.check(schema).schema)

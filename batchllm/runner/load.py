@@ -3,27 +3,23 @@
 Imports torch when a model is loaded: that takes seconds, and what can be refused is refused before.
 """
 
-from typing import TYPE_CHECKING
-
 from batchllm.config import EngineConfig
 from batchllm.errors import UsageError
 from batchllm.models.checkpoint import Checkpoint
 from batchllm.models.fake_checkpoint import FAKE_MODEL, FakeCheckpoint
 from batchllm.models.parallel import WHOLE, Shard
 from batchllm.runner.choose_device import choose_device
+from batchllm.runner.clock import Clock
 from batchllm.runner.load_fake import load_fake
 from batchllm.runner.loaded import LoadedRunner
 from batchllm.runner.threads import available_cpus, choose_threads
-
-if TYPE_CHECKING:
-    from batchllm.runner.timed import Clock
 
 
 def load_runner(
     checkpoint: Checkpoint,
     config: EngineConfig,
     max_model_len: int,
-    clock: "Clock | None" = None,
+    clock: Clock | None = None,
 ) -> LoadedRunner:
     """Load a model, in as many processes as are to share it. A clock is for measuring.
 
@@ -45,7 +41,7 @@ def load_shard(
     checkpoint: Checkpoint,
     config: EngineConfig,
     max_model_len: int,
-    clock: "Clock | None" = None,
+    clock: Clock | None = None,
     shard: Shard = WHOLE,
 ) -> LoadedRunner:
     """Load what this process has of a model.

@@ -10,12 +10,13 @@ from batchllm.models.checkpoint import Checkpoint
 from batchllm.models.native_operations import NativeOperations
 from batchllm.models.operations import Operations, TorchOperations
 from batchllm.models.parallel import Shard
+from batchllm.runner.clock import Clock
 from batchllm.runner.dtype import choose_dtype
 from batchllm.runner.kv_cache import KVCache, cache_dtype, kv_bytes_per_token
 from batchllm.runner.load_model import load_model
 from batchllm.runner.loaded import LoadedRunner, affordable_blocks
 from batchllm.runner.threads import Threads
-from batchllm.runner.timed import Clock, TimedBackend, TimedOperations
+from batchllm.runner.timed import TimedBackend, TimedOperations
 from batchllm.runner.torch_runner import TorchRunner
 
 _CPU = torch.device("cpu")

@@ -17,6 +17,7 @@ from batchllm.models.device_operations import DeviceOperations
 from batchllm.models.flashinfer_operations import FlashInferOperations
 from batchllm.models.operations import Operations
 from batchllm.models.parallel import WHOLE, Shard
+from batchllm.runner.clock import Clock
 from batchllm.runner.device import CudaDevice, Device
 from batchllm.runner.device_runner import DeviceRunner
 from batchllm.runner.dtype import choose_dtype
@@ -26,7 +27,7 @@ from batchllm.runner.kv_cache import KVCache, cache_dtype, kv_bytes_per_token, m
 from batchllm.runner.load_model import load_model
 from batchllm.runner.loaded import LoadedRunner, usable_blocks
 from batchllm.runner.threads import Threads
-from batchllm.runner.timed import Clock, TimedBackend, TimedOperations
+from batchllm.runner.timed import TimedBackend, TimedOperations
 from batchllm.sampling.flashinfer_draw import FlashInferDraw
 from batchllm.sampling.sampler import Draw, draw_all_sorted
 

@@ -5,7 +5,7 @@ from cli_runs import invoke
 
 from batchllm import LLM
 from batchllm.bench import Bench, BenchRun, Workload
-from batchllm.runner.timed import ATTENTION, PARTS, PRODUCTS, SCHEDULER, Clock
+from batchllm.runner.clock import ATTENTION, PARTS, PRODUCTS, SCHEDULER, Clock
 from batchllm.simulate.calibrate import MeasuredStep
 from batchllm.simulate.machine import MACHINES
 from batchllm.simulate.saved import this_machine

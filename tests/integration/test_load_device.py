@@ -11,12 +11,12 @@ from batchllm.errors import UsageError
 from batchllm.models.device_operations import DeviceOperations
 from batchllm.models.operations import TorchOperations
 from batchllm.runner import decode_graphs, load_device
+from batchllm.runner.clock import Clock
 from batchllm.runner.device import CpuDevice
 from batchllm.runner.device_runner import DeviceRunner
 from batchllm.runner.fullest_steps import FullestSteps
 from batchllm.runner.load_device import load_on_device
 from batchllm.runner.model_input import build_model_input
-from batchllm.runner.timed import Clock
 from batchllm.sampling.sampler import draw_all_sorted
 
 PROMPTS = [f"the same beginning, number {i % 7} {'x' * (i % 5)}" for i in range(14)]

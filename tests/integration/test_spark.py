@@ -182,6 +182,10 @@ def test_what_makes_no_sense_is_refused_before_anything_runs(files):
         generate(files, model="fake", templat=TEMPLATE)
     with pytest.raises(UsageError, match="nothere"):
         generate(files, model="fake", prompt_column="nothere")
+    with pytest.raises(UsageError, match="nothere"):
+        generate(files, model="fake", prompt_col="nothere")
+    with pytest.raises(UsageError, match="are the same; give one"):
+        generate(files, model="fake", prompt_col="q", prompt_column="q")
     with pytest.raises(UsageError, match="has a column 'doc'"):
         generate(files, model="fake", prompt_column="q", output_column="doc")
 
@@ -207,12 +211,12 @@ def test_a_model_that_was_shipped_is_found_on_every_worker(
 ):
     packed = shutil.make_archive(str(tmp_path / "packed"), "zip", tiny_model)
     spark.sparkContext.addArchive(f"{packed}#shipped")
-    options = {"template": "{{ q }}", "chat": False, "dtype": "float32", "max_tokens": 4}
+    options = {"chat": False, "dtype": "float32", "max_tokens": 4}
     some = files.select("id", "q").where("id < 60")
-    got = generate(some, model="shipped", kv_memory=1 << 24, **options).toArrow()
+    got = generate(some, model="shipped", prompt_col="q", kv_memory=1 << 24, **options).toArrow()
     llm = LLM(tiny_model, dtype="float32", kv_memory=1 << 24)
     expected = llm.generate(
-        table.slice(0, 60), SamplingParams(max_tokens=4), template="{{ q }}", chat=False
+        table.slice(0, 60), SamplingParams(max_tokens=4), prompt_column="q", chat=False
     )
     assert got.sort_by("id")["answer"].to_pylist() == expected["answer"].to_pylist()
 
