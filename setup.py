@@ -5,6 +5,7 @@ OpenMP is not linked: at run time torch's is there (batchllm/native/kernels.py).
 compiled is left out, and the tool works without, slower.
 """
 
+import copy
 import platform
 import subprocess
 import sys
@@ -26,6 +27,7 @@ if platform.machine() in ("x86_64", "AMD64"):
 SOURCES = [f"batchllm/native/src/{name}.cpp" for name in ("attention", "elementwise", "linear")]
 HEADERS = [source.replace(".cpp", ".h") for source in SOURCES]
 HEADERS += [f"batchllm/native/src/{name}.h" for name in ("ahead", "products", "simd")]
+DEPENDS = [*HEADERS, "setup.py"]  # the flags are here
 # The warnings are about GCC's own intrinsics.
 QUIET = ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fopenmp", "-fno-math-errno", *QUIET]
@@ -48,7 +50,10 @@ class BuildKernels(build_ext):
     def build_extension(self, ext: Extension) -> None:
         """Compile one library."""
         if CUDA_SOURCE not in ext.sources:
-            super().build_extension(ext)
+            # All are of the same sources: in one folder, each would overwrite the others' objects.
+            apart = copy.copy(self)
+            apart.build_temp = str(Path(self.build_temp) / ext.name)
+            super(BuildKernels, apart).build_extension(ext)
             return
         nvcc = cuda.find_nvcc()
         assert nvcc is not None
@@ -64,7 +69,7 @@ extensions = [
     Extension(
         f"batchllm.native._{target}",
         SOURCES,
-        depends=HEADERS,
+        depends=DEPENDS,
         language="c++",
         extra_compile_args=[*FLAGS, *flags],
         optional=True,
@@ -72,8 +77,9 @@ extensions = [
     for target, flags in TARGETS.items()
 ]
 if cuda.find_nvcc():
-    headers = [str(path.relative_to(CUDA.parent)) for path in cuda.HEADERS]
+    depends = [str(path.relative_to(CUDA.parent)) for path in cuda.HEADERS]
+    depends += ["setup.py", "cuda/cuda_build.py"]
     extensions.insert(  # it takes longest
-        0, Extension("batchllm.native._cuda", [CUDA_SOURCE], depends=headers, optional=True)
+        0, Extension("batchllm.native._cuda", [CUDA_SOURCE], depends=depends, optional=True)
     )
 setup(ext_modules=extensions, cmdclass={"build_ext": BuildKernels})
