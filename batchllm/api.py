@@ -19,7 +19,7 @@ from batchllm.metrics import Metrics
 from batchllm.models.checkpoint import Checkpoint, open_model
 from batchllm.models.parallel import check_divides
 from batchllm.outputs import count, failed_output, row_outputs
-from batchllm.prefix.plan import PrefixPlan, plan_requests, reorder
+from batchllm.prefix.plan import PrefixPlan, plan_requests
 from batchllm.prefix.policies.registry import AUTO, STREAMING, check_policy
 from batchllm.prefix.policies.sample import sample_first
 from batchllm.prompting import Prompt, choose_max_model_len, prompt_builder, table_of, tables_of
@@ -33,7 +33,7 @@ from batchllm.scheduler.base import StepScheduler
 from batchllm.scheduler.batch import Batch, FinishedSequence
 from batchllm.scheduler.factory import SchedulerLimits, make_scheduler
 from batchllm.scheduler.lengths import LengthEstimator
-from batchllm.simulate.choose import choose_policy
+from batchllm.simulate.choose import Choice, choose_policy
 from batchllm.simulate.cost import CostModel
 from batchllm.simulate.saved import this_machine
 from batchllm.simulate.shape import shape_of
@@ -108,7 +108,7 @@ class LLM:
         )
         self._lengths = LengthEstimator()
         self.shape = shape_of(model.config, loaded.dtype, loaded.kv_bytes_per_token)
-        self.machine = this_machine(gpu=loaded.hardware)
+        self.machine = this_machine(gpu=loaded.hardware).if_it_overlaps(loaded.overlaps)
         self._costs = CostModel(self.machine, self.shape)
         self._scheduler = self.new_scheduler()
         self.load_seconds = time.perf_counter() - started
@@ -276,10 +276,11 @@ class LLM:
             requests, policy="dfs", sharing=sharing, granularity=self.loaded.granularity
         )
         outputs = self._lengths.expected(plan)
+        choice = Choice(policy)
         if policy == AUTO:
-            policy = choose_policy(plan, outputs, self.limits, self._costs)
-            self.chosen_policies.add(policy)
-        plan = reorder(plan, policy, outputs)
+            choice = choose_policy(plan, outputs, self.limits, self._costs)
+            self.chosen_policies.add(str(choice))
+        plan = choice.order(plan, outputs)
         if self._lengths.knows or all(p.ignore_eos for p in plan.params):
             return plan
         return replace(plan, leaf_order=sample_first(plan.tree, plan.leaf_order))

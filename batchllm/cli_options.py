@@ -124,6 +124,15 @@ Sharing = Annotated[
         "--sharing/--no-sharing", help="Compute shared prefixes once.", rich_help_panel=_ENGINE
     ),
 ]
+Overlap = Annotated[
+    bool,
+    typer.Option(
+        "--overlap/--no-overlap",
+        help="On a GPU, attend to one half of a step beside the products of the other, where "
+        "that is faster.",
+        rich_help_panel=_ENGINE,
+    ),
+]
 Device = Annotated[
     str,
     typer.Option(

@@ -39,13 +39,14 @@ class EngineConfig:
     identity; eight bits round far more coarsely than any dtype. Others, like `sharing` and
     `threads`, at most change the order of a sum; with `deterministic`, which belongs to the
     identity too, not even that. `device` is what the model runs on; `auto` is a GPU where torch can
-    use one. `kv_memory` is in bytes; None takes a share of the device's free memory. `threads` is
-    how many compute; None takes one a core that this process may use. `tensor_parallel_size`
-    processes share the work on every step, and `data_parallel_size` times as many the rows; they
-    divide threads and KV memory, and so do processes that do not know of each other and are told to
-    take one of `machine_share` equal shares. `max_num_batched_tokens` bounds one step's prefill
-    work; `max_num_seqs` bounds index arrays, not memory: admission is by projected KV use. None is
-    what suits the device, see `step_limits`.
+    use one. `overlap`: where that is faster, a GPU attends to one half of a step beside the
+    products of the other. `kv_memory` is in bytes; None takes a share of the device's free memory.
+    `threads` is how many compute; None takes one a core that this process may use.
+    `tensor_parallel_size` processes share the work on every step, and `data_parallel_size` times as
+    many the rows; they divide threads and KV memory, and so do processes that do not know of each
+    other and are told to take one of `machine_share` equal shares. `max_num_batched_tokens` bounds
+    one step's prefill work; `max_num_seqs` bounds index arrays, not memory: admission is by
+    projected KV use. None is what suits the device, see `step_limits`.
 
     Raises:
         UsageError: a value is out of range.
@@ -59,6 +60,7 @@ class EngineConfig:
     sharing: bool = True
     device: str = "auto"
     attention_backend: str = "auto"
+    overlap: bool = True
     threads: int | None = None
     kv_memory: int | None = None
     max_model_len: int | None = None

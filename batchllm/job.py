@@ -324,7 +324,7 @@ class _Job:
         total.rows, total.failed = len(store.finished), store.num_failed
         policy = config.engine.policy
         if llm is not None and llm.chosen_policies:
-            policy = f"{policy} ({', '.join(sorted(llm.chosen_policies))})"
+            policy = f"{policy} ({'; '.join(sorted(llm.chosen_policies))})"
         return {
             "version": __version__,
             "input": str(config.input),

@@ -40,6 +40,7 @@ class ReplicaLoaded:
     device: str
     hardware: str | None
     kv_bytes_per_token: int | None
+    overlaps: bool
 
     @classmethod
     def of(cls, loaded: "LoadedRunner | ReplicaLoaded") -> "ReplicaLoaded":

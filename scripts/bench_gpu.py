@@ -51,6 +51,7 @@ class Run:
     workload: str
     policy: str = "auto"
     attention_backend: str = "auto"
+    overlap: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,7 @@ RUNS = {
     "full": [Run("llama-3.1-8b", "400x16")],
     "quick": [
         *(Run("llama-3.1-8b", "100x16", policy) for policy in ("auto", "dfs", "streaming")),
+        Run("llama-3.1-8b", "100x16", overlap=False),
         *(
             Run("llama-3.1-8b", "100x16", "auto", backend)
             for backend in ("cuda", "flashinfer", "flashinfer-flat")
@@ -136,6 +138,7 @@ def execute(run: Run, machine: Machine, device: torch.device) -> Result:
         model_shape=run.model_shape,
         policy=run.policy,
         attention_backend=run.attention_backend,
+        overlap=run.overlap,
         device=device.type,
         dtype="bfloat16",
     )
@@ -154,7 +157,7 @@ def execute(run: Run, machine: Machine, device: torch.device) -> Result:
     policy = ", ".join(sorted(llm.chosen_policies)) or run.policy
     result = Result(
         run=run,
-        attention=llm.attention,
+        attention=llm.attention + " beside products" * llm.loaded.overlaps,
         policy=policy,
         seconds=seconds,
         tokens_per_second=tokens / seconds,

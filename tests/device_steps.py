@@ -18,7 +18,6 @@ from batchllm.models.operations import TorchOperations
 from batchllm.models.registry import make_model
 from batchllm.prefix.plan import plan_requests
 from batchllm.request import Request, SamplingParams
-from batchllm.runner.decode_graphs import is_decode_only
 from batchllm.runner.kv_cache import KVCache, memory_of
 from batchllm.runner.torch_runner import TorchRunner
 from batchllm.scheduler.batch import Batch, Carried
@@ -135,7 +134,7 @@ class Both:
         self._previous = batch
         self.steps += 1
         self.num_carried += len(given.carried)
-        self.decode_steps += is_decode_only(batch)
+        self.decode_steps += batch.is_decode_only
         got = pending.result()
         assert got.token_ids.dtype == np.int32
         np.testing.assert_array_equal(got.token_ids, expected.token_ids)
@@ -160,6 +159,10 @@ class DenseBackend:
         self.width = width
         self.updates = self.refusals = 0
 
+    def on_share(self, share):
+        assert 0 < share < 1
+        return self
+
     def plan(self, step, rotation, put=torch.from_numpy):
         seen = seen_slots(step)
         width = max(map(len, seen))
@@ -167,6 +170,32 @@ class DenseBackend:
 
     def graph_plan(self, max_num_tokens, rotation, reserve):
         return DensePlan(self, max_num_tokens, rotation, reserve)
+
+
+class LateQueue:
+    """A side queue that does what it was given as late as it may: when somebody waits for it."""
+
+    def __init__(self):
+        self.waiting = []
+        self.starts = self.most_waiting = 0
+
+    def start(self, call):
+        self.starts += 1
+        self.waiting.append(LateWork(self, call))
+        self.most_waiting = max(self.most_waiting, len(self.waiting))
+        return self.waiting[-1]
+
+
+class LateWork:
+    def __init__(self, queue, call):
+        self._queue, self._call = queue, call
+
+    def join(self):
+        while True:
+            first = self._queue.waiting.pop(0)
+            result = first._call()
+            if first is self:
+                return result
 
 
 def seen_slots(step):

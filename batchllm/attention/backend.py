@@ -81,6 +81,15 @@ class GraphBackend(AttentionBackend, Protocol):
         ...
 
 
+@runtime_checkable
+class SharingBackend(GraphBackend, Protocol):
+    """A backend that leaves room on the device for what runs beside it."""
+
+    def on_share(self, share: float) -> "SharingBackend":
+        """The same on this share of the device. Plans of several may exist at the same time."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Heads:
     """A model's heads, or those of them that are computed here."""

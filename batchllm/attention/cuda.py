@@ -1,5 +1,6 @@
 """Attention by our own CUDA kernel: all groups, shared and private segments, in one launch."""
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -58,6 +59,12 @@ class CudaBackend:
         self.block_size = block_size
         self.num_blocks = kernels.resident_blocks(heads.head_dim, kv_dtype)
         self.costs = costs or UnitCosts()
+
+    def on_share(self, share: float) -> "CudaBackend":
+        """With so much fewer of the kernel's blocks; see `SharingBackend`."""
+        backend = copy.copy(self)
+        backend.num_blocks = max(int(self.num_blocks * share), 1)
+        return backend
 
     def plan(
         self,

@@ -1,6 +1,6 @@
 """The Llama architecture over flat, ragged batches: no padding token is ever computed."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -16,6 +16,9 @@ from batchllm.models.smoothing import channel_factors
 
 Attend = Callable[[int, torch.Tensor], torch.Tensor]
 """(layer, queries, keys and values [n, heads + 2 kv_heads, d], not rotated) -> [n, heads * d]."""
+Layers = Generator[tuple[int, torch.Tensor], torch.Tensor, torch.Tensor]
+"""A pass through the layers that stops for attention: yields what `Attend` takes, is sent what it
+gives, and returns the hidden states."""
 
 
 @dataclass(slots=True)
@@ -116,13 +119,24 @@ class LlamaModel:
             sample_rows: int64 [num_samples]. What the last layer computes after its attention
                 concerns nobody else, so it is computed for these alone.
         """
+        layers = self.layers(token_ids, sample_rows)
+        try:
+            asked = next(layers)
+            while True:
+                asked = layers.send(attend(*asked))
+        except StopIteration as end:
+            hidden: torch.Tensor = end.value
+        return hidden
+
+    def layers(self, token_ids: torch.Tensor, sample_rows: torch.Tensor) -> Layers:
+        """The same, for who attends to several passes in turn."""
         operations, shard, eps = self._operations, self._shard, self.config.rms_norm_eps
         hidden = F.embedding(token_ids, self._embedding)
         delta: torch.Tensor | None = None
         for index, layer in enumerate(self._layers):
             normed = operations.add_rms_norm(hidden, delta, layer.input_norm, eps)
             qkv = layer.qkv(normed).view(len(hidden), -1, self.config.head_dim)
-            attended = attend(index, qkv)
+            attended = yield index, qkv
             if index == len(self._layers) - 1:
                 hidden, attended = hidden[sample_rows], attended[sample_rows]
             delta = shard.sum(layer.output(attended))

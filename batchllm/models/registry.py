@@ -7,7 +7,7 @@ import torch
 
 from batchllm.errors import ModelError
 from batchllm.models.config import ModelConfig
-from batchllm.models.llama import Attend, LlamaModel
+from batchllm.models.llama import Attend, Layers, LlamaModel
 from batchllm.models.operations import Operations
 from batchllm.models.parallel import WHOLE, Shard
 from batchllm.models.rope import RotaryEmbedding
@@ -36,6 +36,10 @@ class Model(Protocol):
         self, token_ids: torch.Tensor, attend: Attend, sample_rows: torch.Tensor
     ) -> torch.Tensor:
         """Hidden states [num_samples, hidden_size]."""
+        ...
+
+    def layers(self, token_ids: torch.Tensor, sample_rows: torch.Tensor) -> Layers:
+        """The same, stopping for attention."""
         ...
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,8 @@ class PrefixPlan:
 
     `tokens[i]` is a row's prompt, `row_index[i]` its number in the whole input, `max_tokens[i]` its
     longest answer, and `params[params_index[i]]` how it is sampled (`params` are distinct).
-    `leaf_order` is the order of admission.
+    `leaf_order` is the order of admission. Where fewer tokens a step than may be suit it, they are
+    `step_tokens`.
     """
 
     tokens: RaggedTokens
@@ -27,6 +28,7 @@ class PrefixPlan:
     params_index: Ints
     tree: PrefixTree
     leaf_order: Ints
+    step_tokens: int | None = None
 
     def rows_of(self, leaves: Ints) -> Ints:
         """Their rows' numbers in the whole input, duplicates included."""

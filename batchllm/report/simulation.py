@@ -10,7 +10,7 @@ from batchllm.progress import duration
 from batchllm.report.prompts import Prompts
 from batchllm.scheduler.factory import SchedulerLimits
 from batchllm.simulate.bound import bound
-from batchllm.simulate.choose import choose_policy, sample_leaves, simulate_policy
+from batchllm.simulate.choose import Choice, choose_policy, sample_leaves, simulate_policy
 from batchllm.simulate.cost import CostModel
 from batchllm.simulate.machine import Machine
 from batchllm.simulate.shape import ModelShape
@@ -61,7 +61,7 @@ class PolicyOutcome:
 class SimulationReport:
     """A table on a machine: the bound, and every policy's outcome.
 
-    `chosen` are the policies that `auto` took, one a window.
+    `chosen` are the policies that `auto` took, one a window, with their tokens a step.
     """
 
     machine: str
@@ -92,7 +92,7 @@ class SimulationReport:
         ]
         names = sorted(set(self.chosen))
         if names:
-            lines.append(f"  auto takes {', '.join(names)}")
+            lines.append(f"  auto takes {'; '.join(names)}")
         return "\n".join(lines)
 
 
@@ -123,6 +123,7 @@ class TableSimulation:
             )
         self._machine, self._shape = machine, shape
         self.costs = CostModel(machine, shape)
+        self._their_costs = CostModel(machine.if_it_overlaps(False), shape)
         self.limits = SchedulerLimits(
             num_blocks=room // block_size,
             block_size=block_size,
@@ -158,17 +159,21 @@ class TableSimulation:
         least = bound(shared.tree, outputs, self._machine, self._shape, report.kv_tokens)
         report.bound_seconds += least.overlap
         report.total_seconds += least.total
-        runs: dict[str, SimulatedRun] = {}
+        runs: dict[Choice, SimulatedRun] = {}
         for outcome in report.outcomes:
-            name = outcome.policy
-            if name == AUTO:
-                name = choose_policy(shared, outputs, ours, self.costs)
-                report.chosen.append(name)
-            if name == STREAMING:
-                run = simulate_policy(flat, prompts.output_tokens, name, self._theirs, self.costs)
+            choice = Choice(outcome.policy)
+            if choice.policy == AUTO:
+                choice = choose_policy(shared, outputs, ours, self.costs)
+                report.chosen.append(str(choice))
+            if choice.policy == STREAMING:
+                run = simulate_policy(
+                    flat, prompts.output_tokens, STREAMING, self._theirs, self._their_costs
+                )
             else:
-                run = runs.get(name) or simulate_policy(shared, outputs, name, ours, self.costs)
-            runs[name] = run
+                run = runs.get(choice) or simulate_policy(
+                    shared, outputs, choice.policy, ours, self.costs, choice.step_tokens
+                )
+            runs[choice] = run
             outcome.add(run, ours.block_size)
             outcome.bound_share = report.bound_seconds / max(outcome.seconds, 1e-12)
             outcome.total_share = report.total_seconds / max(outcome.seconds, 1e-12)

@@ -8,21 +8,24 @@ with rows that decode nothing, whose KV goes to a block that nobody reads.
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from batchllm.attention.backend import GraphBackend
+from batchllm.attention.backend import GraphBackend, GraphPlan, Reserve
 from batchllm.models.registry import Model
-from batchllm.runner.device import Device
-from batchllm.runner.forward import run_layers
+from batchllm.models.rope import Rotation
+from batchllm.runner.device import Device, SideQueue
+from batchllm.runner.forward import PlannedStep, run_halves, run_layers
 from batchllm.runner.graphs import Recorder, Replay
 from batchllm.runner.kv_cache import KVCache
-from batchllm.runner.model_input import build_model_input
+from batchllm.runner.model_input import ModelInput, build_model_input
 from batchllm.runner.staging import FixedStager
 from batchllm.runner.token_feed import TokenFeed
 from batchllm.scheduler.batch import Batch, Chunks
+from batchllm.scheduler.split import split_rows
 
 Ints = NDArray[np.int64]
 
@@ -40,7 +43,8 @@ Finish = Callable[[torch.Tensor], None]
 class DecodeGraphs:
     """Runs decode-only batches of up to `max_num_rows` rows from recordings.
 
-    Those that it cannot run, or not yet, it leaves to the caller.
+    Those that it cannot run, or not yet, it leaves to the caller. With a `queue` for attention they
+    run in halves, see `run_halves`.
     """
 
     def __init__(
@@ -55,6 +59,7 @@ class DecodeGraphs:
         *,
         block_size: int,
         max_num_rows: int,
+        queue: SideQueue | None = None,
     ) -> None:
         self._model = model
         self._cache = cache
@@ -67,12 +72,15 @@ class DecodeGraphs:
         self._token_ids = self._inputs.reserve(max_num_rows, np.int32)
         self._sources = self._inputs.reserve(max_num_rows, np.int64)
         self._positions = self._inputs.reserve(max_num_rows, np.int64)
-        self._rotation = model.rotary.empty(max_num_rows)
+        self._queue = queue
         self._rows = torch.arange(max_num_rows, device=device.torch_device)
         shape = (max_num_rows, model.config.hidden_size)
         self._hidden = torch.empty(shape, dtype=model.dtype, device=device.torch_device)
         self._tokens = torch.empty(max_num_rows, dtype=torch.int32, device=device.torch_device)
-        self._plan = backend.graph_plan(max_num_rows, self._rotation, self._inputs.reserve)
+        self._parts = [
+            _Part.of(model, backend, num_rows, self._inputs.reserve)
+            for num_rows in self._part_sizes(max_num_rows)
+        ]
         self._replays: dict[tuple[int, Finish], Replay] = {}
         self._runs: Counter[tuple[int, Finish]] = Counter()
 
@@ -103,7 +111,7 @@ class DecodeGraphs:
     def _run(self, batch: Batch, finish: Finish) -> bool:
         """Run the layers and `finish`, if this batch is one to replay."""
         num_rows = len(batch.chunks)
-        if num_rows > self._sizes[-1] or not is_decode_only(batch):
+        if not len(self._parts) <= num_rows <= self._sizes[-1] or not batch.is_decode_only:
             return False
         size = int(self._sizes[self._sizes.searchsorted(num_rows)])
         key = (size, finish)
@@ -112,7 +120,7 @@ class DecodeGraphs:
             return False
         padded = pad_decodes(batch, size, scratch_block=self._cache.num_blocks - 1)
         step = build_model_input(padded, self._block_size)
-        if not self._plan.update(step):
+        if not self._update_plans(padded, step):
             return False
         self._token_ids.fill(step.token_ids)
         self._sources.fill(self._feed.sources(padded))
@@ -129,24 +137,48 @@ class DecodeGraphs:
         self._replays[key] = self._recorder.record(step_of_this_size)
         return True
 
+    def _part_sizes(self, num_rows: int) -> list[int]:
+        if self._queue is None:
+            return [num_rows]
+        return [num_rows // 2, num_rows - num_rows // 2]
+
+    def _update_plans(self, batch: Batch, step: ModelInput) -> bool:
+        """Tell the plans about a batch; False where it does not fit them."""
+        steps = [step]
+        if self._queue is not None:
+            halves = split_rows(batch, len(batch.chunks) // 2)
+            steps = [build_model_input(half.batch, self._block_size) for half in halves]
+        return all(part.plan.update(s) for part, s in zip(self._parts, steps, strict=True))
+
     def _step(self, size: int, finish: Finish) -> None:
         """What is recorded: reads and writes nothing that moves."""
-        self._model.rotary.fill(self._rotation.first(size), self._positions.tensor[:size])
+        sizes = self._part_sizes(size)
         token_ids = self._feed.add(self._token_ids.tensor[:size], self._sources.tensor[:size])
-        finish(run_layers(self._model, self._cache, self._plan, token_ids, self._rows[:size]))
+        positions = torch.split(self._positions.tensor[:size], sizes)
+        steps = []
+        for part, ids, at in zip(
+            self._parts, torch.split(token_ids, sizes), positions, strict=True
+        ):
+            self._model.rotary.fill(part.rotation.first(len(ids)), at)
+            steps.append(PlannedStep(part.plan, ids, self._rows[: len(ids)]))
+        if self._queue is None:
+            finish(run_layers(self._model, self._cache, steps[0]))
+        else:
+            finish(run_halves(self._model, self._cache, steps, self._queue))
 
 
-def is_decode_only(batch: Batch) -> bool:
-    """Whether a batch is one token of each sequence, and samples after every one of them.
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What plans the attention of some of the rows."""
 
-    A prompt's last token, computed by itself, is the same to the model.
-    """
-    num_chunks = len(batch.chunks)
-    return (
-        num_chunks > 0
-        and bool((batch.chunks.count == 1).all())
-        and np.array_equal(batch.samples.chunk, np.arange(num_chunks))
-    )
+    plan: GraphPlan
+    rotation: Rotation
+
+    @classmethod
+    def of(cls, model: Model, backend: GraphBackend, num_rows: int, reserve: Reserve) -> "_Part":
+        """For up to `num_rows` of them."""
+        rotation = model.rotary.empty(num_rows)
+        return cls(backend.graph_plan(num_rows, rotation, reserve), rotation)
 
 
 def pad_decodes(batch: Batch, num_rows: int, *, scratch_block: int) -> Batch:

@@ -23,6 +23,26 @@ class Event(Protocol):
         ...
 
 
+class Started(Protocol):
+    """Work that was given to a side queue."""
+
+    def join(self) -> torch.Tensor:
+        """Its result, for what the device is given from here on, which waits for it."""
+        ...
+
+
+class SideQueue(Protocol):
+    """A second order of work, beside the one that all else goes by."""
+
+    def start(self, call: Callable[[], torch.Tensor]) -> Started:
+        """Let the device do what a call gives it, behind all that it was given so far.
+
+        It goes on with what it is given after this, at the same time. What the call made may be
+        given up once a later call was started whose work had to wait for its last reader.
+        """
+        ...
+
+
 class Device(Protocol):
     """A device that works through what it is given in order, while the host goes on."""
 
@@ -34,6 +54,10 @@ class Device(Protocol):
 
     def event(self) -> Event:
         """A new event."""
+        ...
+
+    def side_queue(self) -> SideQueue:
+        """A queue beside the main one."""
         ...
 
     def synchronize(self) -> None:
@@ -62,6 +86,9 @@ class CpuDevice:
 
     def event(self) -> Event:
         return _Past()
+
+    def side_queue(self) -> SideQueue:
+        return _AtOnce()
 
     def synchronize(self) -> None:
         pass
@@ -102,6 +129,9 @@ class CudaDevice:
     def event(self) -> Event:
         return torch.cuda.Event()  # type: ignore[no-untyped-call]
 
+    def side_queue(self) -> SideQueue:
+        return _SideStream()
+
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.torch_device)
 
@@ -126,3 +156,43 @@ class _Past:
 
     def synchronize(self) -> None:
         pass
+
+
+class _AtOnce:
+    """A side queue where everything is done at once."""
+
+    def start(self, call: Callable[[], torch.Tensor]) -> Started:
+        return _Done(call())
+
+
+class _Done:
+    def __init__(self, result: torch.Tensor) -> None:
+        self._result = result
+
+    def join(self) -> torch.Tensor:
+        return self._result
+
+
+class _SideStream:
+    """A CUDA stream whose kernels go first: they are few, and the others fill what they leave."""
+
+    def __init__(self) -> None:
+        make_stream: Callable[..., torch.cuda.Stream] = torch.cuda.Stream  # torch leaves it untyped
+        self._stream = make_stream(priority=-1)
+
+    def start(self, call: Callable[[], torch.Tensor]) -> Started:
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            result = call()
+            done = self._stream.record_event()
+        return _OnSideStream(result, done)
+
+
+class _OnSideStream:
+    def __init__(self, result: torch.Tensor, done: torch.cuda.Event) -> None:
+        self._result = result
+        self._done = done
+
+    def join(self) -> torch.Tensor:
+        torch.cuda.current_stream().wait_event(self._done)
+        return self._result

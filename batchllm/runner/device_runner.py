@@ -5,15 +5,19 @@ tokens come back by another, and the next step takes what was sampled from where
 (`TokenFeed`). So the host can be as far ahead as whoever calls `submit` lets it.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
-from batchllm.attention.backend import AttentionBackend, GraphBackend
+from batchllm.attention.backend import AttentionBackend, GraphBackend, LayerPlan
 from batchllm.models.operations import Operations
 from batchllm.models.registry import Model
+from batchllm.models.rope import Rotation
+from batchllm.runner.beside import Beside, rows_in_order
 from batchllm.runner.decode_graphs import DecodeGraphs
-from batchllm.runner.device import Device
-from batchllm.runner.forward import run_layers
+from batchllm.runner.device import Device, SideQueue
+from batchllm.runner.forward import PlannedStep, run_halves, run_layers
 from batchllm.runner.graphs import Recorder
 from batchllm.runner.kv_cache import KVCache
 from batchllm.runner.model_input import build_model_input
@@ -21,6 +25,7 @@ from batchllm.runner.staging import Stager
 from batchllm.runner.token_feed import TokenFeed
 from batchllm.sampling.sampler import Draw, Draws, draw_all_sorted, put_draws, sample_on_device
 from batchllm.scheduler.batch import Batch, Samples, StepOutput
+from batchllm.scheduler.split import split_batch
 
 _ROWS = 256  # sampled at a time, which bounds the memory of their logits
 
@@ -40,8 +45,22 @@ class PendingTokens:
         return StepOutput(self._host.numpy().view(np.int32).copy())
 
 
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """What was put of a step, or of half of it, still on its way; see `ModelInput`."""
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    sample_rows: torch.Tensor
+    sources: torch.Tensor | None
+    rotation: Rotation
+    plan: LayerPlan
+
+
 class DeviceRunner:
     """Runs steps on a device, those of decodes alone from recordings where a recorder is given.
+
+    Where something is to run `beside`, those that it pays for go in halves.
 
     The last block of the cache is the runner's own, see `DecodeGraphs`.
     """
@@ -58,6 +77,7 @@ class DeviceRunner:
         max_num_seqs: int,
         recorder: Recorder | None = None,
         draw: Draw = draw_all_sorted,
+        beside: Beside | None = None,
     ) -> None:
         self._model = model
         self._draw = draw
@@ -68,18 +88,12 @@ class DeviceRunner:
         self._block_size = block_size
         self._stager = Stager(device)
         self._feed = TokenFeed(max_num_seqs, device.torch_device)
-        self._graphs: DecodeGraphs | None = None
-        if recorder is not None and isinstance(backend, GraphBackend):
-            self._graphs = DecodeGraphs(
-                model,
-                cache,
-                backend,
-                self._feed,
-                device,
-                recorder,
-                self._sample_greedily,
-                block_size=block_size,
-                max_num_rows=max_num_seqs,
+        self._beside = beside
+        self._graphs = self._make_graphs(recorder, backend, max_num_seqs, None)
+        self._graphs_beside: DecodeGraphs | None = None
+        if beside is not None:
+            self._graphs_beside = self._make_graphs(
+                recorder, beside.backend, max_num_seqs, beside.queue
             )
 
     @property
@@ -95,7 +109,13 @@ class DeviceRunner:
     def submit(self, batch: Batch) -> PendingTokens:
         """Give the device one step to do, behind those it has."""
         draws = self._put_draws(batch.samples)
-        tokens = self._draw_tokens(batch, draws) if any(draws) else self._greedy_tokens(batch)
+        beside = self._beside
+        if beside is not None and (batch.num_tokens < 2 or not beside.pays(batch)):
+            beside = None
+        if any(draws):
+            tokens = self._draw_tokens(batch, draws, beside)
+        else:
+            tokens = self._greedy_tokens(batch, beside)
         tokens = tokens[: len(batch.samples)]
         self._feed.keep(tokens)
         return PendingTokens(tokens, self._device)
@@ -103,39 +123,92 @@ class DeviceRunner:
     def resize(self, num_blocks: int) -> int:
         """Go on with `num_blocks` of KV, or as many as there are; all that is held is lost."""
         self._device.synchronize()
-        if self._graphs is not None:
-            self._graphs.forget()
+        for graphs in (self._graphs, self._graphs_beside):
+            if graphs is not None:
+                graphs.forget()
         self._device.free_memory()  # what was kept for steps may be what is missing
         self._cache.shrink(num_blocks + 1)
         return self.num_blocks
 
     shrink = resize
 
-    def _greedy_tokens(self, batch: Batch) -> torch.Tensor:
-        tokens = None if self._graphs is None else self._graphs.greedy_tokens(batch)
-        return self._sample_greedily(self._layers(batch)) if tokens is None else tokens
+    def run_whole(self) -> None:
+        """Run no more steps in halves."""
+        self._beside = self._graphs_beside = None
 
-    def _draw_tokens(self, batch: Batch, draws: list[list[Draws]]) -> torch.Tensor:
-        hidden = None if self._graphs is None else self._graphs.hidden(batch)
+    def _greedy_tokens(self, batch: Batch, beside: Beside | None) -> torch.Tensor:
+        graphs = self._graphs if beside is None else self._graphs_beside
+        tokens = None if graphs is None else graphs.greedy_tokens(batch)
+        return self._sample_greedily(self._layers(batch, beside)) if tokens is None else tokens
+
+    def _draw_tokens(
+        self, batch: Batch, draws: list[list[Draws]], beside: Beside | None
+    ) -> torch.Tensor:
+        graphs = self._graphs if beside is None else self._graphs_beside
+        hidden = None if graphs is None else graphs.hidden(batch)
         if hidden is None:
-            return self._sample(self._layers(batch), draws)
+            return self._sample(self._layers(batch, beside), draws)
         self._stager.send()
         return self._sample(hidden, draws)
 
-    def _layers(self, batch: Batch) -> torch.Tensor:
+    def _layers(self, batch: Batch, beside: Beside | None) -> torch.Tensor:
         """Send all that was put, and run the layers: [num_samples (at least 1), hidden_size]."""
-        step, put = build_model_input(batch, self._block_size), self._stager.put
-        token_ids, positions = put(step.token_ids), put(step.positions)
-        # Kernels dislike to be given nothing at all.
-        rows = put(step.sample_rows if len(step.sample_rows) else np.zeros(1, np.int64))
-        sources = put(self._feed.sources(batch)) if len(batch.carried) else None
-        rotation = self._model.rotary.empty(len(step.token_ids))
-        plan = self._backend.plan(step, rotation, put)
+        if beside is not None:
+            return self._layers_beside(batch, beside)
+        given = self._put(batch, self._backend)
         self._stager.send()
-        self._model.rotary.fill(rotation, positions)
-        if sources is not None:
-            token_ids = self._feed.add(token_ids, sources)
-        return run_layers(self._model, self._cache, plan, token_ids, rows)
+        return run_layers(self._model, self._cache, self._ready(given))
+
+    def _layers_beside(self, batch: Batch, beside: Beside) -> torch.Tensor:
+        halves = split_batch(batch)
+        given = [self._put(half.batch, beside.backend) for half in halves]
+        rows = self._stager.put(rows_in_order(halves))
+        self._stager.send()
+        steps = [self._ready(half) for half in given]
+        return run_halves(self._model, self._cache, steps, beside.queue)[rows]
+
+    def _put(self, batch: Batch, backend: AttentionBackend) -> _Given:
+        step, put = build_model_input(batch, self._block_size), self._stager.put
+        rotation = self._model.rotary.empty(len(step.token_ids))
+        return _Given(
+            token_ids=put(step.token_ids),
+            positions=put(step.positions),
+            # Kernels dislike to be given nothing at all.
+            sample_rows=put(step.sample_rows if len(step.sample_rows) else np.zeros(1, np.int64)),
+            sources=put(self._feed.sources(batch)) if len(batch.carried) else None,
+            rotation=rotation,
+            plan=backend.plan(step, rotation, put),
+        )
+
+    def _ready(self, given: _Given) -> PlannedStep:
+        """What was put is on its way."""
+        self._model.rotary.fill(given.rotation, given.positions)
+        token_ids = given.token_ids
+        if given.sources is not None:
+            token_ids = self._feed.add(token_ids, given.sources)
+        return PlannedStep(given.plan, token_ids, given.sample_rows)
+
+    def _make_graphs(
+        self,
+        recorder: Recorder | None,
+        backend: AttentionBackend,
+        max_num_rows: int,
+        queue: SideQueue | None,
+    ) -> DecodeGraphs | None:
+        if recorder is None or not isinstance(backend, GraphBackend):
+            return None
+        return DecodeGraphs(
+            self._model,
+            self._cache,
+            backend,
+            self._feed,
+            self._device,
+            recorder,
+            self._sample_greedily,
+            block_size=self._block_size,
+            max_num_rows=max_num_rows,
+            queue=queue,
+        )
 
     def _put_draws(self, samples: Samples) -> list[list[Draws]]:
         """For each part of the samples that is sampled at a time."""

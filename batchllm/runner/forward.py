@@ -1,22 +1,56 @@
-"""A planned step through a model's layers."""
+"""Planned steps through a model's layers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from batchllm.attention.backend import LayerPlan
 from batchllm.models.registry import Model
+from batchllm.runner.device import SideQueue, Started
 from batchllm.runner.kv_cache import KVCache
 
 
-def run_layers(
-    model: Model,
-    cache: KVCache,
-    plan: LayerPlan,
-    token_ids: torch.Tensor,
-    sample_rows: torch.Tensor,
-) -> torch.Tensor:
-    """Hidden states [num_samples, hidden_size] of the tokens to sample; see `Model.forward`."""
+@dataclass(frozen=True, slots=True)
+class PlannedStep:
+    """A step's tokens, or half of them, with their attention planned; see `Model.forward`."""
+
+    plan: LayerPlan
+    token_ids: torch.Tensor
+    sample_rows: torch.Tensor
+
+
+def run_layers(model: Model, cache: KVCache, step: PlannedStep) -> torch.Tensor:
+    """Hidden states [num_samples, hidden_size] of the tokens to sample."""
 
     def attend(layer: int, qkv: torch.Tensor) -> torch.Tensor:
-        return plan.run(qkv, cache.keys[layer], cache.values[layer])
+        return step.plan.run(qkv, cache.keys[layer], cache.values[layer])
 
-    return model.forward(token_ids, attend, sample_rows)
+    return model.forward(step.token_ids, attend, step.sample_rows)
+
+
+def run_halves(
+    model: Model, cache: KVCache, halves: Sequence[PlannedStep], queue: SideQueue
+) -> torch.Tensor:
+    """Hidden states of the tokens to sample, one half's behind the other's.
+
+    Attention goes to a queue of its own, in the order of the halves, so that each half's runs
+    beside the next products of the other (NanoFlow, arXiv 2408.12757). A half may read what those
+    before it write.
+    """
+    passes = [model.layers(half.token_ids, half.sample_rows) for half in halves]
+    # Kept until the next of the same half was started, whose products have read it.
+    started: list[Started | None] = [None] * len(halves)
+    hidden: list[torch.Tensor] = []
+    while len(hidden) < len(halves):
+        for which, (half, layers) in enumerate(zip(halves, passes, strict=True)):
+            last = started[which]
+            try:
+                index, qkv = next(layers) if last is None else layers.send(last.join())
+            except StopIteration as end:
+                hidden.append(end.value)
+                continue
+            attend = partial(half.plan.run, qkv, cache.keys[index], cache.values[index])
+            started[which] = queue.start(attend)
+    return torch.cat(hidden)

@@ -1,6 +1,6 @@
 """The steps that need most memory, to be run once before what is left becomes KV."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -36,6 +36,25 @@ class FullestSteps:
             _batch(limits.max_num_seqs, limits.max_num_seqs, block_size, _GREEDY),
         )
         return cls(*steps, num_blocks=max(int(step.tables.max()) + 1 for step in steps))
+
+
+def decodes_of(max_num_rows: int, num_blocks: int, block_size: int) -> Batch | None:
+    """A step of decodes that together read all of `num_blocks`, and nothing twice.
+
+    None where there are not even two.
+    """
+    num_rows = min(max_num_rows, num_blocks)
+    if num_rows < 2:
+        return None
+    each = num_blocks // num_rows
+    step = _batch(num_rows, num_rows, block_size, _GREEDY)
+    seen = np.full(num_rows, each * block_size - 1)
+    return replace(
+        step,
+        chunks=Chunks(count=np.ones_like(seen), start=seen, offset=seen),
+        tables=np.arange(num_rows * each, dtype=np.int32).reshape(num_rows, each),
+        num_decodes=num_rows,
+    )
 
 
 def _batch(num_chunks: int, num_tokens: int, block_size: int, params: SamplingParams) -> Batch:

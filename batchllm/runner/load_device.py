@@ -5,7 +5,13 @@ from typing import Any
 
 import torch
 
-from batchllm.attention.backend import AttentionBackend, GraphBackend, Heads, make_backend
+from batchllm.attention.backend import (
+    AttentionBackend,
+    GraphBackend,
+    Heads,
+    SharingBackend,
+    make_backend,
+)
 from batchllm.attention.flashinfer import FlashInferBackend
 from batchllm.cache.memory import num_kv_blocks, ran_out_of_memory
 from batchllm.config import EngineConfig
@@ -17,6 +23,7 @@ from batchllm.models.device_operations import DeviceOperations
 from batchllm.models.flashinfer_operations import FlashInferOperations
 from batchllm.models.operations import Operations
 from batchllm.models.parallel import WHOLE, Shard
+from batchllm.runner.beside import Beside, is_faster_beside
 from batchllm.runner.clock import Clock
 from batchllm.runner.device import CudaDevice, Device
 from batchllm.runner.device_runner import DeviceRunner
@@ -30,6 +37,10 @@ from batchllm.runner.threads import Threads
 from batchllm.runner.timed import TimedBackend, TimedOperations
 from batchllm.sampling.flashinfer_draw import FlashInferDraw
 from batchllm.sampling.sampler import Draw, draw_all_sorted
+from batchllm.scheduler.batch import Batch
+from batchllm.simulate.cost import CostModel
+from batchllm.simulate.saved import this_machine
+from batchllm.simulate.shape import shape_of
 
 _KV_SHARE = 0.95  # of what the fullest steps leave; the rest is for gaps between what is in use
 _TRIED_SIZE = 64  # of a row, to see whether FlashInfer runs
@@ -69,7 +80,10 @@ def load_on_device(
     recorder: Recorder | None,
     shard: Shard = WHOLE,
 ) -> LoadedRunner:
-    """Load the weights, run the fullest steps, and make KV of the memory that is left."""
+    """Load the weights, run the fullest steps, and make KV of the memory that is left.
+
+    Whether steps are faster in halves is tried last, with all of the KV.
+    """
     shape, home = shard.config(checkpoint.config), device.torch_device
     limits = config.step_limits(home.type)
     name = choose_dtype(config, shape.dtype)
@@ -85,6 +99,12 @@ def load_on_device(
         clock.settle = device.synchronize
         backend, operations = TimedBackend(backend, clock), TimedOperations(operations, clock)
     model = load_model(checkpoint, config, max_model_len, backend, operations, dtype, home, shard)
+    kv_bytes = kv_bytes_per_token(shape.num_layers, shape.num_kv_heads, shape.head_dim, kv_dtype)
+    beside = None
+    if config.overlap and clock is None and shard is WHOLE:
+        machine = this_machine(gpu=str(device))
+        costs = CostModel(machine, shape_of(shape, name, kv_bytes))
+        beside = _beside(backend, device, costs)
     steps = FullestSteps.of(limits, max_model_len, config.block_size)
     cache = KVCache(
         num_layers=shape.num_layers,
@@ -105,9 +125,9 @@ def load_on_device(
         max_num_seqs=limits.max_num_seqs,
         recorder=recorder,
         draw=draw,
+        beside=beside,
     )
     needed = _bytes_for_steps(runner, steps, device, is_recorded=isinstance(backend, GraphBackend))
-    kv_bytes = kv_bytes_per_token(shape.num_layers, shape.num_kv_heads, shape.head_dim, kv_dtype)
     block_bytes = config.block_size * kv_bytes
     runner.resize(0)  # what they were tried with is room for KV, too
     free = device.free_memory() - needed - block_bytes
@@ -117,6 +137,11 @@ def load_on_device(
     )
     wanted = shard.least(wanted)
     runner.resize(wanted)
+    overlaps = beside is not None and is_faster_beside(
+        runner.submit, beside, device, limits.max_num_seqs, runner.num_blocks, config.block_size
+    )
+    if not overlaps:
+        runner.run_whole()
     return LoadedRunner(
         runner,
         runner.num_blocks,
@@ -129,6 +154,7 @@ def load_on_device(
         home.type,
         str(device),
         kv_bytes_per_token=kv_bytes,
+        overlaps=overlaps,
     )
 
 
@@ -144,6 +170,18 @@ def _backend(config: EngineConfig, shape: ModelConfig, device: str, dtype: str) 
         deterministic=config.deterministic,
         device=device,
     )
+
+
+def _beside(backend: AttentionBackend, device: Device, costs: CostModel) -> Beside | None:
+    """What attends beside products, if the backend can; by cost, once it was tried."""
+    if not isinstance(backend, SharingBackend) or not costs.overlaps:
+        return None
+    half = backend.on_share(costs.machine.overlap_share)
+    return Beside(half, device.side_queue(), partial(_pays, costs))
+
+
+def _pays(costs: CostModel, batch: Batch) -> bool:
+    return costs.cost(batch).hidden > 0
 
 
 def _flashinfer(backend: AttentionBackend, device: torch.device) -> Any:  # noqa: ANN401

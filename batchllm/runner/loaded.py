@@ -37,6 +37,7 @@ class LoadedRunner:
     `cuda`; `hardware` is the GPU's name, where the threads are not what computes.
     `kv_bytes_per_token` is given where it is not what the dtype makes it. `threads` are those of
     all processes that share the machine, and `close` ends those that belong to the runner.
+    `overlaps`: steps may run in halves, attention of one beside products of the other.
     """
 
     runner: StepRunner
@@ -50,6 +51,7 @@ class LoadedRunner:
     device: str = "cpu"
     hardware: str | None = None
     kv_bytes_per_token: int | None = None
+    overlaps: bool = False
     close: Callable[[], object] = _nothing
 
 

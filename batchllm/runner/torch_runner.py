@@ -8,7 +8,7 @@ import torch
 from batchllm.attention.backend import AttentionBackend
 from batchllm.models.operations import Operations
 from batchllm.models.registry import Model
-from batchllm.runner.forward import run_layers
+from batchllm.runner.forward import PlannedStep, run_layers
 from batchllm.runner.kv_cache import KVCache
 from batchllm.runner.model_input import ModelInput, build_model_input
 from batchllm.sampling.sampler import sample_tokens
@@ -61,6 +61,7 @@ class TorchRunner:
     def _logits(self, step: ModelInput) -> Iterator[torch.Tensor]:
         model, put = self._model, torch.from_numpy
         plan = self._backend.plan(step, model.rotary(put(step.positions)))
-        hidden = run_layers(model, self._cache, plan, put(step.token_ids), put(step.sample_rows))
+        planned = PlannedStep(plan, put(step.token_ids), put(step.sample_rows))
+        hidden = run_layers(model, self._cache, planned)
         for part in torch.split(hidden, _ROWS):
             yield model.logits(part)

@@ -70,7 +70,14 @@ class Samples:
 
     def part(self, begin: int, end: int) -> "Samples":
         """Samples `[begin, end)`."""
-        each = {f.name: getattr(self, f.name)[begin:end] for f in fields(self)[:-1]}
+        return self._at(slice(begin, end))
+
+    def take(self, which: Ints) -> "Samples":
+        """Those at these places."""
+        return self._at(which)
+
+    def _at(self, which: slice | Ints) -> "Samples":
+        each = {f.name: getattr(self, f.name)[which] for f in fields(self)[:-1]}
         return Samples(**each, params=self.params)
 
 
@@ -114,6 +121,19 @@ class Batch:
     def num_tokens(self) -> int:
         """Tokens of one step."""
         return int(self.chunks.count.sum())
+
+    @property
+    def is_decode_only(self) -> bool:
+        """Whether it is one token of each sequence, and samples after every one of them.
+
+        A prompt's last token, computed by itself, is the same to the model.
+        """
+        num_chunks = len(self.chunks)
+        return (
+            0 < num_chunks == len(self.samples)
+            and bool((self.chunks.count == 1).all())
+            and np.array_equal(self.samples.chunk, np.arange(num_chunks))
+        )
 
 
 @dataclass(frozen=True, slots=True)

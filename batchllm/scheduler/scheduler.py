@@ -78,6 +78,9 @@ class Scheduler:
         self._running = Running(state)
         self._idle = IdleNodes(state, self._tables, self.pool)
         self._expected = None
+        self._step_tokens = self._max_num_batched_tokens
+        if plan.step_tokens is not None:
+            self._step_tokens = min(self._step_tokens, plan.step_tokens)
         order = state.of_leaf[plan.leaf_order]
         fits = self._blocks_alone(order) <= self.pool.num_blocks
         self._num_unfinished = int(fits.sum())
@@ -91,7 +94,7 @@ class Scheduler:
             self.lengths,
             num_blocks=self.pool.num_blocks,
             block_size=self.pool.block_size,
-            max_num_batched_tokens=self._max_num_batched_tokens,
+            max_num_batched_tokens=self._step_tokens,
             max_num_seqs=self._max_num_seqs,
         )
         failed = order[~fits]
@@ -129,10 +132,10 @@ class Scheduler:
         self._admission.revise_overdue()
         decodes = self._grow_decodes()
         num_decodes = len(decodes.segments)
-        work = self._prefill(self._max_num_batched_tokens - num_decodes)
+        work = self._prefill(self._step_tokens - num_decodes)
         while num_decodes == 0 and len(work.segments) == 0:
             self._preempt_last()
-            work = self._prefill(self._max_num_batched_tokens)
+            work = self._prefill(self._step_tokens)
         tables = self._tables if ends is None else None  # a simulation moves no data
         batch = assemble(state, tables, running.nodes, decodes.with_(work), num_decodes)
         if self._expected is not None:

@@ -7,24 +7,30 @@ from numpy.typing import NDArray
 
 from batchllm.prefix.divide import Rates
 from batchllm.scheduler.batch import Batch
+from batchllm.scheduler.split import first_half
 from batchllm.simulate.machine import Machine
 from batchllm.simulate.shape import ModelShape
 
 Ints = NDArray[np.int64]
+_LEAST_HIDDEN = 0.02  # of products and attention: for less, halves are not worth their launches
 
 
 @dataclass(frozen=True, slots=True)
 class StepCost:
-    """Seconds of a batch, by what takes them."""
+    """Seconds of a batch, by what takes them; of these, `hidden` go by at the same time as others.
+
+    0 are hidden where the batch is not to be computed in halves side by side.
+    """
 
     gemm: float
     head: float
     attention: float
     overhead: float
+    hidden: float = 0.0
 
     @property
     def seconds(self) -> float:
-        return self.gemm + self.head + self.attention + self.overhead
+        return self.gemm + self.head + self.attention + self.overhead - self.hidden
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +73,28 @@ def work_of(batch: Batch) -> StepWork:
     )
 
 
+def halved_work(batch: Batch) -> list[tuple[int, float, float]]:
+    """Tokens, pairs of query and key, and tokens read, of either half (see `split_batch`).
+
+    Of a mean step; in each next one every decode has a token more to read.
+    """
+    chunks, shared = batch.chunks, batch.shared
+    taken = first_half(batch)
+    halves: list[tuple[int, float, float]] = []
+    for count, offset in ((taken, chunks.offset), (chunks.count - taken, chunks.offset + taken)):
+        before = np.zeros(len(count) + 1, dtype=np.int64)
+        count.cumsum(out=before[1:])
+        queries = before[shared.chunk_end] - before[shared.chunk_begin]
+        num_tokens = int(before[-1])
+        grown = np.count_nonzero(count) * (batch.num_steps - 1) / 2
+        pairs = int(count.dot(offset)) + (int(count.dot(count)) + num_tokens) // 2
+        reads = int(offset.dot(count > 0)) + num_tokens
+        pairs += int(queries.dot(shared.length))
+        reads += int(shared.length.dot(queries > 0))
+        halves.append((num_tokens, pairs + grown, reads + grown))
+    return halves
+
+
 def _shared_queries(batch: Batch) -> Ints:
     """Tokens that attend to each shared segment, [num_shared]."""
     count, shared = batch.chunks.count, batch.shared
@@ -83,39 +111,52 @@ class CostModel:
 
     The products of the body and of the head, each bound by arithmetic or by reading the weights;
     then attention, bound by arithmetic over all queries or by reading each segment once: segment by
-    segment, or all together where one launch takes them all. One after the other, as engines that
-    do not overlap kernels run them (NanoFlow does, and would come nearer to the bound).
+    segment, or all together where one launch takes them all. One after the other; or, where the
+    machine says how they share it, and if that is faster, in two halves of the batch (NanoFlow's
+    nano-batches): attention of one beside the products of the other.
     """
 
     def __init__(self, machine: Machine, shape: ModelShape) -> None:
-        self._machine = machine
+        self.machine = machine
         self._shape = shape
         self._pair_seconds = shape.attention_flops / machine.attention_rate
         self._read_seconds = shape.kv_bytes_per_token / (machine.kv_bandwidth or machine.bandwidth)
         self._body, self._head = shape.body_parameters, shape.head_parameters
         self._products: dict[tuple[int, int], float] = {}  # there are no more than a budget's
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether attention and products may run side by side."""
+        return self.machine.overlap_share > 0
+
     def cost(self, batch: Batch) -> StepCost:
         """The batch's cost, over all the steps it stands for."""
-        machine, steps = self._machine, batch.num_steps
+        machine, steps = self.machine, batch.num_steps
         work = work_of(batch)
         apart = machine.step_seconds + machine.token_seconds * work.num_tokens
         apart += machine.sample_seconds * work.num_samples
+        gemm = self.product(self._body, work.num_tokens)
         attention = machine.segment_seconds * work.num_segments
         if machine.one_attention_launch:
-            attention += self._attention_at_once(batch, work)
+            attention += max(self._attention_at_once(batch, work))
         else:
             attention += self._attention_apart(batch)
+        hidden = 0.0
+        if self.overlaps and work.num_tokens > 1:
+            hidden = gemm + attention - self._overlapped(batch)
+        if hidden < _LEAST_HIDDEN * (gemm + attention):
+            hidden = 0.0
         return StepCost(
-            gemm=steps * self.product(self._body, work.num_tokens),
+            gemm=steps * gemm,
             head=steps * self.product(self._head, work.num_samples),
             attention=steps * attention,
             overhead=steps * apart,
+            hidden=steps * hidden,
         )
 
     def rates(self, prefill_tokens: int, decodes: int) -> Rates:
         """What things add to a run with so many tokens in a prefill step, and so many decodes."""
-        machine = self._machine
+        machine = self.machine
         prefill = self.product(self._body, prefill_tokens) + machine.step_seconds
         decode = self.product(self._body, decodes) + self.product(self._head, decodes)
         return Rates(
@@ -132,18 +173,41 @@ class CostModel:
             return 0.0
         seconds = self._products.get((parameters, num_tokens))
         if seconds is None:
-            machine = self._machine
+            machine = self.machine
             arithmetic = 2 * parameters * num_tokens / machine.gemm_rate(num_tokens)
             reading = parameters * self._shape.bytes_per_value / machine.bandwidth
             seconds = self._products[parameters, num_tokens] = max(arithmetic, reading)
         return seconds
 
-    def _attention_at_once(self, batch: Batch, work: StepWork) -> float:
-        """Of a mean step; in each next one every decode has a token more to read."""
+    def _overlapped(self, batch: Batch) -> float:
+        """Seconds of products and attention, those of either half beside the other's."""
+        products, attention = [], []
+        for num_tokens, pairs, reads in halved_work(batch):
+            products.append(self.product(self._body, num_tokens))
+            attention.append((self._pair_seconds * pairs, self._read_seconds * reads))
+        apart = sum(products) + sum(map(max, attention))
+        beside = sum(map(self._beside, products, reversed(attention)))
+        # Nothing is beside the first products and the last attention: about a layer's.
+        return beside + (apart - beside) / self._shape.num_layers
+
+    def _beside(self, products: float, attention: tuple[float, float]) -> float:
+        """Seconds of both, side by side; until either ends, each has its share of the machine."""
+        share, (arithmetic, reading) = self.machine.overlap_share, attention
+        shared = max(arithmetic / share, reading / self.machine.overlap_speed)
+        if shared * (1 - share) <= products:
+            return products + shared * share
+        until = products / (1 - share)
+        return until + (1 - until / shared) * max(attention)
+
+    def _attention_at_once(self, batch: Batch, work: StepWork) -> tuple[float, float]:
+        """Seconds of its arithmetic and of its reading; the slower hides the other.
+
+        Of a mean step; in each next one every decode has a token more to read.
+        """
         # With several steps, every chunk is a decode.
         grown = len(batch.chunks) * (batch.num_steps - 1) / 2
         pairs = work.pairs + work.decode_reads + grown
-        return max(self._pair_seconds * pairs, self._read_seconds * (work.reads + grown))
+        return self._pair_seconds * pairs, self._read_seconds * (work.reads + grown)
 
     def _attention_apart(self, batch: Batch) -> float:
         """As `_attention_at_once`, segment by segment."""

@@ -23,6 +23,9 @@ class Machine:
     read); every shared segment and prefill chunk costs `segment_seconds` more.
     `one_attention_launch`: all of a step's attention runs at once, so that what is bound by
     arithmetic hides what is bound by reading; otherwise segments run one behind the other.
+    `overlap_share`: where half a step's attention runs beside the other half's products, it has
+    this share of the chip, and the products the rest; with it, it computes so much slower, but
+    reads at `overlap_speed` of its bandwidth. 0 where nothing runs side by side.
     `max_num_batched_tokens` is the step's budget that suits it; the `streaming_…` limits are vLLM
     0.32's own defaults for offline use there.
     """
@@ -38,6 +41,8 @@ class Machine:
     kv_bandwidth: float | None = None
     segment_seconds: float = 0.0
     one_attention_launch: bool = False
+    overlap_share: float = 0.0
+    overlap_speed: float = 0.0
     max_num_batched_tokens: int = 2048
     streaming_batched_tokens: int = 8192
     streaming_num_seqs: int = 256
@@ -61,6 +66,10 @@ class Machine:
         had = dict(self.gemm_rates)
         best = tuple((tokens, max(rate, had.get(tokens, 0.0))) for tokens, rate in gemm_rates)
         return replace(self, gemm_rates=best, bandwidth=max(bandwidth, self.bandwidth))
+
+    def if_it_overlaps(self, overlaps: bool) -> "Machine":
+        """The same for an engine that runs attention beside products, or one at a time."""
+        return self if overlaps else replace(self, overlap_share=0.0, overlap_speed=0.0)
 
     def as_text(self) -> str:
         """Its figures, for people."""
@@ -97,7 +106,9 @@ def _gpu(
 
     Reached are about 70 % of a large product's FLOP/s, 50 % of it in attention (FlashAttention-2
     and -3 with heads of 128 and a causal mask) and 85 % of the bandwidth; small products are bound
-    by reading the weights, which the cost model adds itself. A step's launches take 2 ms.
+    by reading the weights, which the cost model adds itself. A step's launches take 2 ms. On two
+    fifths of a chip, attention still reads at four fifths of the bandwidth (NanoFlow, arXiv
+    2408.12757, measured it on an A100).
     """
     return Machine(
         name=name,
@@ -107,6 +118,8 @@ def _gpu(
         memory=int(memory * 1e9),
         step_seconds=2e-3,
         one_attention_launch=True,
+        overlap_share=0.4,
+        overlap_speed=0.8,
         max_num_batched_tokens=8192,
         streaming_batched_tokens=limits[0],
         streaming_num_seqs=limits[1],

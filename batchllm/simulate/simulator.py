@@ -16,13 +16,17 @@ END_TOKEN = 1  # what a simulated answer ends with; every other token of it is 0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulatedRun:
-    """What a run would take, in seconds and tokens."""
+    """What a run would take, in seconds and tokens.
+
+    Of attention and products, `hidden_seconds` go by at the same time.
+    """
 
     seconds: float
     gemm_seconds: float
     head_seconds: float
     attention_seconds: float
     overhead_seconds: float
+    hidden_seconds: float
     steps: int
     prompt_tokens: int
     computed_prompt_tokens: int
@@ -48,13 +52,14 @@ def simulate(
     """
     ends = np.minimum(outputs, plan.max_tokens[plan.tree.leaf_row])
     failed = len(scheduler.add(plan))
-    gemm = head = attention = overhead = 0.0
+    gemm = head = attention = overhead = hidden = 0.0
     output_tokens = 0
     while scheduler.has_unfinished:
         batch = scheduler.schedule(ends)
         cost = costs.cost(batch)
         gemm, head = gemm + cost.gemm, head + cost.head
         attention, overhead = attention + cost.attention, overhead + cost.overhead
+        hidden += cost.hidden
         samples = batch.samples
         last = samples.output_position + batch.num_steps >= ends[samples.leaf]
         tokens = last.astype(np.int32) * np.int32(END_TOKEN)
@@ -62,11 +67,12 @@ def simulate(
         output_tokens += len(samples) * batch.num_steps
     stats = scheduler.stats
     return SimulatedRun(
-        seconds=gemm + head + attention + overhead,
+        seconds=gemm + head + attention + overhead - hidden,
         gemm_seconds=gemm,
         head_seconds=head,
         attention_seconds=attention,
         overhead_seconds=overhead,
+        hidden_seconds=hidden,
         steps=stats.steps,
         prompt_tokens=int((plan.tree.leaf_length * plan.tree.row_counts()).sum()),
         computed_prompt_tokens=stats.computed_prompt_tokens,

@@ -28,6 +28,7 @@ from batchllm.models.device_operations import DeviceOperations
 from batchllm.models.locate import installed
 from batchllm.models.operations import TorchOperations
 from batchllm.runner import decode_graphs, load_device
+from batchllm.runner.beside import Beside
 from batchllm.runner.device import CudaDevice
 from batchllm.runner.device_runner import DeviceRunner
 from batchllm.runner.graphs import CudaGraphs
@@ -85,8 +86,9 @@ class Recorder(CudaGraphs):
         return counted
 
 
-def device_runner(recorder):
+def device_runner(recorder, *, in_halves=False):
     device = CudaDevice()
+    beside = Beside(DenseBackend(), device.side_queue(), lambda batch: in_halves)
     model = tiny_model(DeviceOperations(), device.torch_device)
     return DeviceRunner(
         model,
@@ -97,6 +99,7 @@ def device_runner(recorder):
         block_size=BLOCK_SIZE,
         max_num_seqs=MAX_NUM_SEQS,
         recorder=recorder,
+        beside=beside,
     )
 
 
@@ -108,11 +111,12 @@ def rows(count=19, kinds=(0,)):
     ]
 
 
+@pytest.mark.parametrize("in_halves", [False, True])
 @pytest.mark.parametrize("is_recorded", [False, True])
-def test_greedy_tokens_are_the_cpus_and_nothing_waits(is_recorded, monkeypatch):
+def test_greedy_tokens_are_the_cpus_and_nothing_waits(is_recorded, in_halves, monkeypatch):
     monkeypatch.setattr(decode_graphs, "_RUNS_BEFORE", 1)
     recorder = Recorder() if is_recorded else None
-    both = Both(tiny_model(TorchOperations()), device_runner(recorder))
+    both = Both(tiny_model(TorchOperations()), device_runner(recorder, in_halves=in_halves))
     both.run(requests(rows()))  # what is loaded or tuned at its first use may wait
     with waiting_is_an_error():
         both.run(requests(rows()))
@@ -233,10 +237,15 @@ def test_the_pool_takes_what_is_free(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_default_model_is_greedy(default_model, needs_kernels):
+@pytest.mark.parametrize("in_halves", [False, True])
+def test_the_default_model_is_greedy(default_model, needs_kernels, in_halves, monkeypatch):
     pytest.importorskip("transformers")
+    if in_halves:
+        monkeypatch.setattr(load_device, "is_faster_beside", lambda *args: True)
+        monkeypatch.setattr(load_device, "_pays", lambda costs, batch: batch.num_tokens > 1)
     oracle, truth = (load_gguf_model(default_model, k) for k in (torch.bfloat16, torch.float32))
     llm = LLM(default_model, device="cuda", attention_backend="cuda", kv_memory=1 << 30)
+    assert llm.loaded.overlaps or not in_halves
     prompts = list(llm.tokenizer.encode_batch(TEXTS, add_special_tokens=False))
     prompts = [prompt.tolist() for prompt in prompts]
     outputs = llm.generate(prompts, SamplingParams(max_tokens=12))

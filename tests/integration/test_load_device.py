@@ -3,7 +3,7 @@
 import pytest
 import torch
 from builders import tiny_config, write_safetensors_model
-from device_steps import DenseBackend, TapeRecorder
+from device_steps import DenseBackend, LateQueue, TapeRecorder
 
 from batchllm import LLM, SamplingParams
 from batchllm.config import EngineConfig, StepLimits
@@ -11,6 +11,7 @@ from batchllm.errors import UsageError
 from batchllm.models.device_operations import DeviceOperations
 from batchllm.models.operations import TorchOperations
 from batchllm.runner import decode_graphs, load_device
+from batchllm.runner.beside import Beside, is_faster_beside
 from batchllm.runner.clock import Clock
 from batchllm.runner.device import CpuDevice
 from batchllm.runner.device_runner import DeviceRunner
@@ -85,6 +86,66 @@ def test_answers_from_recordings_a_step_ahead(tiny_model, monkeypatch):
         got = llm.generate(PROMPTS, PARAMS)
         assert [o.text for o in got] == [o.text for o in expected]
     assert recorder.replays > 3 and backend.updates > recorder.replays
+
+
+@pytest.mark.parametrize("is_faster", [True, False])
+def test_halves_are_run_if_they_were_faster_when_tried(tiny_model, monkeypatch, is_faster):
+    expected = LLM(tiny_model, kv_memory=1 << 20, **OPTIONS).generate(PROMPTS, PARAMS)
+    queue, made = LateQueue(), []
+    make = load_device._beside
+
+    def always(backend, device, costs):
+        assert costs.machine.overlap_share == 0.4
+        made.append(make(backend, device, costs))
+        made[0].pays = lambda batch: True
+        return made[0]
+
+    def tried(submit, beside, device, max_num_seqs, num_blocks, block_size):
+        assert beside is made[0] and device.side_queue() is queue
+        assert (max_num_seqs, block_size) == (OPTIONS["max_num_seqs"], OPTIONS["block_size"])
+        assert num_blocks > 50
+        return is_faster
+
+    load_as_on_a_gpu(monkeypatch, TapeRecorder())
+    monkeypatch.setattr(CountingDevice, "side_queue", lambda self: queue)
+    monkeypatch.setattr(load_device, "make_backend", lambda *args, **options: DenseBackend())
+    monkeypatch.setattr(load_device, "_GRAPHS_BYTES", 1000)
+    monkeypatch.setattr(load_device, "_beside", always)
+    monkeypatch.setattr(load_device, "is_faster_beside", tried)
+    llm = LLM(tiny_model, kv_memory=200_000, **OPTIONS)
+    queue.starts = 0
+    assert [o.text for o in llm.generate(PROMPTS, PARAMS)] == [o.text for o in expected]
+    assert llm.loaded.overlaps == is_faster == (queue.starts > 10)
+    assert ("beside products" in llm.describe()) == is_faster
+    assert (llm.machine.overlap_share > 0) == is_faster
+    made.clear()
+    assert not LLM(tiny_model, kv_memory=200_000, overlap=False, **OPTIONS).loaded.overlaps
+    assert made == []
+
+
+@pytest.mark.parametrize(
+    ("whole", "halves", "expected"), [(5, 4, True), (4, 5, False), (5, 5, False)]
+)
+def test_the_faster_way_is_found_by_trying(whole, halves, expected):
+    now, steps = [0.0], []
+    beside = Beside(DenseBackend(), CpuDevice().side_queue(), lambda batch: "by cost")
+
+    def submit(batch):
+        in_halves = beside.pays(batch)
+        first = len(steps) == 0 or steps[-1][1] != in_halves
+        steps.append((batch, in_halves))
+        now[0] += 100 if first else halves if in_halves else whole
+
+    got = is_faster_beside(submit, beside, CpuDevice(), 7, 40, 4, clock=lambda: now[0])
+    assert got == expected
+    assert beside.pays(None) == "by cost"
+    (batch,) = {id(batch): batch for batch, _ in steps}.values()
+    step = build_model_input(batch, 4)
+    assert batch.is_decode_only and batch.num_tokens == 7
+    assert step.items.kv_len.tolist() == [20] * 7  # of 40 blocks of 4, five each
+    assert sorted(step.items.block_ids.tolist()) == list(range(35))
+    assert set(step.slots.tolist()) == {20 * i + 19 for i in range(7)}
+    assert not is_faster_beside(submit, beside, CpuDevice(), 7, 1, 4)
 
 
 def test_lack_of_memory_is_lived_with(on_device, tiny_model, monkeypatch):
