@@ -100,10 +100,9 @@ def load_on_device(
         backend, operations = TimedBackend(backend, clock), TimedOperations(operations, clock)
     model = load_model(checkpoint, config, max_model_len, backend, operations, dtype, home, shard)
     kv_bytes = kv_bytes_per_token(shape.num_layers, shape.num_kv_heads, shape.head_dim, kv_dtype)
+    costs = CostModel(this_machine(gpu=str(device)), shape_of(shape, name, kv_bytes))
     beside = None
     if config.overlap and clock is None and shard is WHOLE:
-        machine = this_machine(gpu=str(device))
-        costs = CostModel(machine, shape_of(shape, name, kv_bytes))
         beside = _beside(backend, device, costs)
     steps = FullestSteps.of(limits, max_model_len, config.block_size)
     cache = KVCache(
@@ -127,7 +126,8 @@ def load_on_device(
         draw=draw,
         beside=beside,
     )
-    needed = _bytes_for_steps(runner, steps, device, is_recorded=isinstance(backend, GraphBackend))
+    recordings = isinstance(backend, GraphBackend) + (beside is not None)
+    needed = _bytes_for_steps(runner, steps, device, recordings)
     block_bytes = config.block_size * kv_bytes
     runner.resize(0)  # what they were tried with is room for KV, too
     free = device.free_memory() - needed - block_bytes
@@ -140,7 +140,9 @@ def load_on_device(
     overlaps = beside is not None and is_faster_beside(
         runner.submit, beside, device, limits.max_num_seqs, runner.num_blocks, config.block_size
     )
-    if not overlaps:
+    if beside is not None and overlaps:
+        beside.pays = partial(_pays, costs)
+    else:
         runner.run_whole()
     return LoadedRunner(
         runner,
@@ -173,11 +175,11 @@ def _backend(config: EngineConfig, shape: ModelConfig, device: str, dtype: str) 
 
 
 def _beside(backend: AttentionBackend, device: Device, costs: CostModel) -> Beside | None:
-    """What attends beside products, if the backend can; by cost, once it was tried."""
+    """What attends beside products, if the backend can; not yet, as it pays for nothing."""
     if not isinstance(backend, SharingBackend) or not costs.overlaps:
         return None
     half = backend.on_share(costs.machine.overlap_share)
-    return Beside(half, device.side_queue(), partial(_pays, costs))
+    return Beside(half, device.side_queue(), lambda batch: False)
 
 
 def _pays(costs: CostModel, batch: Batch) -> bool:
@@ -198,11 +200,15 @@ def _flashinfer(backend: AttentionBackend, device: torch.device) -> Any:  # noqa
 
 
 def _bytes_for_steps(
-    runner: DeviceRunner, steps: FullestSteps, device: Device, *, is_recorded: bool
+    runner: DeviceRunner, steps: FullestSteps, device: Device, recordings: int
 ) -> int:
-    """What steps take beyond weights and KV: the fullest, and beside it what recordings keep."""
+    """What steps take beyond weights and KV: the fullest, and beside it what recordings keep.
+
+    Of each size there are so many recordings, which have all their memory but the driver's in
+    common.
+    """
     each = [
         device.peak_memory(partial(runner.execute, step))
         for step in (steps.prompts, steps.sampling, steps.decodes)
     ]
-    return max(each) + (each[-1] + _GRAPHS_BYTES if is_recorded else 0)
+    return max(each) + (each[-1] if recordings else 0) + recordings * _GRAPHS_BYTES

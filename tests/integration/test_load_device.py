@@ -94,14 +94,14 @@ def test_halves_are_run_if_they_were_faster_when_tried(tiny_model, monkeypatch, 
     queue, made = LateQueue(), []
     make = load_device._beside
 
-    def always(backend, device, costs):
+    def noted(backend, device, costs):
         assert costs.machine.overlap_share == 0.4
         made.append(make(backend, device, costs))
-        made[0].pays = lambda batch: True
         return made[0]
 
     def tried(submit, beside, device, max_num_seqs, num_blocks, block_size):
         assert beside is made[0] and device.side_queue() is queue
+        assert queue.starts == 0, "memory is sized by whole steps, which take more"
         assert (max_num_seqs, block_size) == (OPTIONS["max_num_seqs"], OPTIONS["block_size"])
         assert num_blocks > 50
         return is_faster
@@ -110,10 +110,10 @@ def test_halves_are_run_if_they_were_faster_when_tried(tiny_model, monkeypatch, 
     monkeypatch.setattr(CountingDevice, "side_queue", lambda self: queue)
     monkeypatch.setattr(load_device, "make_backend", lambda *args, **options: DenseBackend())
     monkeypatch.setattr(load_device, "_GRAPHS_BYTES", 1000)
-    monkeypatch.setattr(load_device, "_beside", always)
+    monkeypatch.setattr(load_device, "_beside", noted)
+    monkeypatch.setattr(load_device, "_pays", lambda costs, batch: True)
     monkeypatch.setattr(load_device, "is_faster_beside", tried)
     llm = LLM(tiny_model, kv_memory=200_000, **OPTIONS)
-    queue.starts = 0
     assert [o.text for o in llm.generate(PROMPTS, PARAMS)] == [o.text for o in expected]
     assert llm.loaded.overlaps == is_faster == (queue.starts > 10)
     assert ("beside products" in llm.describe()) == is_faster
