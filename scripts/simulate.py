@@ -197,8 +197,8 @@ Made by `scripts/simulate.py`: the real scheduler, with the cost model in the mo
 (`batchllm/simulate/`), for {MODEL} in bfloat16. Answers' lengths are known. `streaming` is what
 vLLM does (first come, first served, LRU block cache, its own default limits, one thing at a time).
 The others run half of a step's attention beside the other half's products, where that is faster:
-on two fifths of the chip it is taken to read at four fifths of the bandwidth, as NanoFlow found on
-an A100; no GPU has confirmed it here, so `auto` is there without it, too. Time is in seconds;
+on two fifths of the chip it is taken to read at four fifths of its bandwidth, an assumption that no
+GPU has confirmed here, so `auto` is there without it, too. Time is in seconds;
 *of T_opt* is the share of the bound that is reached, *no overlap* of the bound for engines that do
 not compute and read memory at the same time; *x stream.* how many times faster than
 `streaming`.

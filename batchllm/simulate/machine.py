@@ -107,8 +107,8 @@ def _gpu(
     Reached are about 70 % of a large product's FLOP/s, 50 % of it in attention (FlashAttention-2
     and -3 with heads of 128 and a causal mask) and 85 % of the bandwidth; small products are bound
     by reading the weights, which the cost model adds itself. A step's launches take 2 ms. On two
-    fifths of a chip, attention still reads at four fifths of the bandwidth (NanoFlow, arXiv
-    2408.12757, measured it on an A100).
+    fifths of a chip, attention is taken to read at four fifths of its bandwidth: a guess in the
+    spirit of NanoFlow (arXiv 2408.12757), which measured such shares, until a GPU says better.
     """
     return Machine(
         name=name,

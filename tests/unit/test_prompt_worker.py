@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from builders import tiny_tokenizer
+from deadly import Deadly
 
 from batchllm.errors import OutputError
 from batchllm.io.rows import Rows
@@ -60,22 +61,9 @@ def test_a_process_that_dies_costs_nothing(builder, after):
             same(worker.finish(), builder.build(table))
 
 
-class Deadly(PromptBuilder):
-    """Its process dies of every row whose text is `deadly`, and where it may not live at all."""
-
-    def build(self, table):
-        if str(os.getpid()) != os.environ["TEST_PROCESS"] and "deadly" in table["t"].to_pylist():
-            os.kill(os.getpid(), signal.SIGSEGV)
-        return super().build(table)
-
-    def __reduce__(self):
-        return Deadly, (self._spec, self._tokenizer, 60)
-
-
 @pytest.mark.parametrize("deadly", [[0, 3]])
 def test_a_row_that_the_process_dies_of_fails_alone(deadly, monkeypatch):
-    for folder in (Path(__file__).parents[1], Path(__file__).parent):
-        monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=os.pathsep)
     monkeypatch.setenv("TEST_PROCESS", str(os.getpid()))
     spec = PromptSpec(prompt_column="t", max_tokens_column="n")
     builder = Deadly(spec, tiny_tokenizer(), 60)
