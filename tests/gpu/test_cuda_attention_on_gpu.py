@@ -62,7 +62,7 @@ def sizes_of(library, shape, block_size, costs, kv_dtype):
     st.sampled_from(KV_DTYPES),
     st.sampled_from([4, 16, 64]).flatmap(lambda size: st.tuples(st.just(size), trees(size))),
 )
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, suppress_health_check=list(HealthCheck))
 def test_equals_reference_on_random_trees(library, shape, costs, kv_dtype, items):
     block_size, items = items
     backend, sizes = sizes_of(library, shape, block_size, costs, kv_dtype)
@@ -70,7 +70,7 @@ def test_equals_reference_on_random_trees(library, shape, costs, kv_dtype, items
 
 
 @given(TREES, st.integers(1, 50), st.sampled_from(SHAPES), st.sampled_from(COSTS))
-@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, suppress_health_check=list(HealthCheck))
 def test_equals_reference_as_tables_are_answered(library, rows, budget, shape, costs):
     backend, sizes = sizes_of(library, shape, 16, costs, None)
     check(rows, backend, budget=budget, **sizes)

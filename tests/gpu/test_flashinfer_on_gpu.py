@@ -60,7 +60,7 @@ def caches_on_gpu(step, shape, block_size, **options):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @given(st.data(), st.sampled_from([4, 16]))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_attention_equals_reference_on_random_trees(shape, data, block_size):
     caches = caches_on_gpu(step_of(data.draw(trees(block_size)), block_size), shape, block_size)
     for fold_below in FOLDS:

@@ -20,7 +20,7 @@ NATIVE = [target for target in usable_targets() if load_kernels(target)]
 
 
 @given(TREES, st.integers(1, 50), st.sampled_from([(1, 1, 16), (2, 3, 8), (3, 2, 4), (5, 1, 2)]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_torch_backend_equals_reference_on_random_trees(rows, budget, shape):
     kv_heads, group, head_dim = shape
     done = check(rows, "torch", budget=budget, kv_heads=kv_heads, group=group, head_dim=head_dim)
@@ -34,7 +34,7 @@ def test_torch_backend_equals_reference_on_random_trees(rows, budget, shape):
     st.sampled_from([16, 32]),
     st.sampled_from([(1, 1, 16), (2, 3, 64), (3, 2, 80), (1, 8, 128), (5, 1, 48)]),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_native_backend_equals_reference_on_random_trees(target, rows, budget, block_size, shape):
     kv_heads, group, head_dim = shape
     done = check(

@@ -88,7 +88,7 @@ def tolerance(kv_dtype):
 
 
 @given(TREES, st.integers(1, 50), st.sampled_from(SHAPES), st.sampled_from(COSTS))
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 def test_equals_reference_as_tables_are_answered(library, rows, budget, shape, costs):
     hold(library, rows, shape, budget=budget, costs=costs)
 
@@ -100,7 +100,7 @@ def random_trees(count):
         sizes["items"] = st.sampled_from([4, 16, 64]).flatmap(
             lambda size: st.tuples(st.just(size), trees(size, most_tokens=12))
         )
-        return settings(max_examples=count, deadline=None)(given(**sizes)(test))
+        return settings(max_examples=count)(given(**sizes)(test))
 
     return decorate
 

@@ -82,7 +82,7 @@ def in_halves(queue, pays=lambda batch: True):
 
 @given(ROWS, st.integers(1, 50))
 @example([([0, 1, 0], 3, 0), ([0, POISON], 3, 1), ([0, POISON], 3, 0)], 1)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 def test_it_samples_what_the_cpu_runner_does(model, device_model, rows, budget):
     runner = device_runner(device_model, DenseBackend())
     assert Both(model, runner).run(requests(rows), budget).steps > 0
@@ -90,7 +90,7 @@ def test_it_samples_what_the_cpu_runner_does(model, device_model, rows, budget):
 
 @given(ROWS, st.integers(2, 50), st.booleans())
 @example([([0, 1, 0], 3, 0), ([0, POISON], 3, 1), ([0, POISON], 3, 0)], 30, True)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_halves_sample_the_same_however_late_attention_is(model, device_model, rows, budget, late):
     queue = LateQueue() if late else CpuDevice().side_queue()
     runner = device_runner(device_model, DenseBackend(), beside=in_halves(queue))

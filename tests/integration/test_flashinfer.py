@@ -42,7 +42,7 @@ def make(block_size, shape, fold_below, *, library=flashinfer_reading, dtype=tor
 
 
 @given(st.data(), st.sampled_from([1, 4, 16]), st.sampled_from(SHAPES))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_equals_reference_on_random_trees(data, block_size, shape):
     step = step_of(data.draw(trees(block_size)), block_size)
     caches = Caches(step, block_size, *shape)
@@ -57,7 +57,7 @@ def test_equals_reference_on_random_trees(data, block_size, shape):
     st.integers(1, 8),
     st.sampled_from(FOLDS),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_recorded_plan_equals_reference_step_after_step(
     data, block_size, shape, num_tokens, fold_below
 ):

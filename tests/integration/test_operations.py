@@ -28,7 +28,7 @@ def noise(*shape, dtype, seed=0):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("target", TARGETS)
 @given(SHAPES, st.booleans())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_rms_norm_adds_in_place_and_equals_torch(target, dtype, shape, with_delta):
     hidden, weight = noise(*shape, dtype=dtype), noise(shape[1], dtype=dtype, seed=1)
     delta = noise(*shape, dtype=dtype, seed=2) if with_delta else None
@@ -44,7 +44,7 @@ def test_rms_norm_adds_in_place_and_equals_torch(target, dtype, shape, with_delt
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("target", TARGETS)
 @given(SHAPES, st.sampled_from([0.1, 3.0, 60.0]))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_gate_equals_torch_for_small_and_large_values(target, dtype, shape, scale):
     gate_up = noise(shape[0], 2 * shape[1], dtype=dtype) * scale
     got = NativeOperations(load_kernels(target)).silu_and_multiply(gate_up)
@@ -55,7 +55,7 @@ def test_gate_equals_torch_for_small_and_large_values(target, dtype, shape, scal
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("target", TARGETS)
 @given(st.lists(st.lists(st.integers(-3, 3), min_size=37, max_size=37), min_size=1, max_size=5))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_argmax_is_the_first_of_the_largest(target, dtype, rows):
     logits = torch.tensor(rows).to(dtype)
     got = NativeOperations(load_kernels(target)).argmax(logits)
@@ -65,7 +65,7 @@ def test_argmax_is_the_first_of_the_largest(target, dtype, rows):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("target", TARGETS)
 @given(st.data())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_argmax_finds_none_where_logits_are_unusable_as_torch_does(target, dtype, data):
     values = st.sampled_from([1.0, 2.0, -torch.inf] * 9 + [torch.inf, torch.nan])
     width = data.draw(st.integers(1, 40))

@@ -36,7 +36,7 @@ def products(target):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("target", TARGETS)
 @given(SHAPES, st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_equals_the_exact_product(target, dtype, shape, with_bias):
     x, weight, bias = operands(shape, dtype, with_bias)
     exact = x.double() @ weight.double().T + (0 if bias is None else bias.double())
@@ -50,7 +50,7 @@ def test_equals_the_exact_product(target, dtype, shape, with_bias):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("target", TARGETS)
 @given(SHAPES, st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_int8_equals_torchs_int8(target, dtype, shape, with_bias):
     x, weight, bias = operands(shape, dtype, with_bias)
     expected = pack_torch_int8(weight, bias)(x)

@@ -59,7 +59,7 @@ def output(*tokens):
     budget=st.integers(1, 30),
     policy=st.sampled_from(["dfs", "table-order", "streaming"]),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_known_lengths_make_the_same_steps(rows, block_size, spare, budget, policy):
     """To the block: an end that is known beforehand costs nothing to notice late."""
     longest = max(min(len(p) + m - 1, MAX_MODEL_LEN) for p, m in rows)

@@ -73,7 +73,7 @@ def movies(rows=600, seed=0):
     return pa.table(columns)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(random_tables(), st.integers(1, 9), st.integers(1, 40))
 def test_windows_have_the_orders_of_the_whole_and_objects_their_fields(table, size, learned):
     rules = learn_column_rules(table.slice(0, learned), table.column_names, table.num_rows)

@@ -78,7 +78,7 @@ def saved_by_learned_rules(fields):
     return saved_characters_by_row(fields, learn_rules(fields).order_rows(codes_of(fields)))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(tables(4, 3))
 def test_learned_orders_lie_between_the_best_fixed_one_and_the_best_of_all(columns):
     fields = fields_of(columns)
@@ -102,7 +102,7 @@ def test_learned_orders_are_never_worse_than_fixed_ones(seed):
     assert saved >= max(saved_characters(fields), saved_characters(best_order(fields)))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(tables(90, 5, max_value=6, min_rows=40), st.sampled_from([1, 3]))
 def test_every_row_gets_all_fields_in_the_order_that_the_first_fitting_rule_says(columns, scale):
     fields = fields_of(columns)
@@ -148,7 +148,7 @@ def groups_by_definition(codes, lengths):
         free = [r for r in free if r not in rows]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(tables(25, 4, max_value=5))
 def test_greedy_groups_are_those_of_the_definition(columns):
     codes = np.array(columns)

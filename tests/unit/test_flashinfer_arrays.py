@@ -64,7 +64,7 @@ def seen_by_calls(calls, num_tokens):
 
 
 @given(st.data(), st.sampled_from([1, 4, 16]))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_every_query_sees_its_context_once_however_much_is_folded(data, block_size):
     items = data.draw(trees(block_size))
     num_tokens = int(items.query_end.max())
@@ -76,7 +76,6 @@ def test_every_query_sees_its_context_once_however_much_is_folded(data, block_si
 
 
 @given(st.data(), st.sampled_from([1, 4, 16]), st.integers(1, 9), st.integers(0, 2))
-@settings(deadline=None)
 def test_a_step_of_decodes_can_have_as_few_levels_as_wanted(data, block_size, count, most_levels):
     items = data.draw(decode_trees(block_size, count))
     calls = plan_calls(items, count, block_size, 0, most_levels=most_levels, most_page_size=1)

@@ -40,7 +40,7 @@ def expected(prompt, max_tokens):
     budget=st.integers(1, 40),
     share=st.booleans(),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_the_next_token_depends_on_the_whole_context(rows, block_size, num_blocks, budget, share):
     plan = plan_requests(requests(rows), policy="ratio", sharing=share)
     scheduler = Scheduler(

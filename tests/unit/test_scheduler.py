@@ -85,7 +85,7 @@ def least_blocks(plan, block_size):
     too_short=st.booleans(),
     ahead=st.booleans(),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_every_row_is_answered_right_whatever_the_memory(
     rows, block_size, spare, budget, max_num_seqs, policy, share, ignore_eos, too_short, ahead
 ):
@@ -142,7 +142,7 @@ def test_every_row_is_answered_right_whatever_the_memory(
     share=st.booleans(),
     ahead=st.booleans(),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_rows_without_usable_logits_fail_and_no_others(
     rows, copies, block_size, spare, budget, policy, share, ahead
 ):
@@ -180,7 +180,7 @@ def test_a_failed_rows_length_is_not_learned_from():
     budget=st.integers(2, 30),
     known=st.booleans(),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_a_look_at_the_head_alone_refuses_nobody_that_fits(rows, block_size, spare, budget, known):
     """With it and without it the batches are the same, where memory is short."""
     longest = max(min(len(p) + m - 1, MAX_MODEL_LEN) for p, m in rows)

@@ -111,7 +111,7 @@ def test_first_sample_step_equals_a_step_by_step_simulation(tokens, finishes, bu
 
 
 @given(rows=ROWS, data=st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_projection_adds_up_when_many_are_expected_later_at_once(rows, data):
     state = Segments(plan_requests(requests(rows)), MAX_MODEL_LEN)
     projection = Projection(state, 3)

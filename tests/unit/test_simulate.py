@@ -81,7 +81,7 @@ def without_repeating(scheduler):
 
 
 @given(rows=ROWS, known=st.booleans(), blocks=st.integers(20, 80), budget=st.integers(3, 60))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_batches_that_stand_for_several_steps_cost_what_these_cost(rows, known, blocks, budget):
     plan = plan_of(rows, known=known)
     outputs, costs = leaf_outputs(plan, rows), CostModel(MACHINE, SHAPE)
@@ -96,7 +96,7 @@ def test_batches_that_stand_for_several_steps_cost_what_these_cost(rows, known, 
 
 
 @given(rows=ROWS)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_streaming_batches_cost_what_their_steps_cost(rows):
     plan = plan_of(rows, policy="table-order", sharing=False)
     costs, outputs = CostModel(MACHINE, SHAPE), leaf_outputs(plan, rows)
@@ -113,7 +113,6 @@ def test_streaming_batches_cost_what_their_steps_cost(rows):
 
 
 @given(rows=ROWS)
-@settings(deadline=None)
 def test_bound_equals_the_benchmarks_yardstick(rows):
     rows = list({(*p, -1 - m): (p, m) for p, m in rows}.values())  # no exact duplicates
     plan = plan_of(rows)
@@ -137,7 +136,7 @@ def test_bound_equals_the_benchmarks_yardstick(rows):
 
 
 @given(rows=ROWS, budget=st.integers(3, 60))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_nothing_simulated_beats_the_bound(rows, budget):
     plan = plan_of(rows)
     outputs = leaf_outputs(plan, rows)
@@ -162,7 +161,7 @@ def test_a_step_costs_what_its_parts_cost():
 
 
 @given(rows=ROWS, budget=st.integers(3, 60))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_a_batchs_work_is_what_its_chunks_and_segments_add_up_to(rows, budget):
     launches = [CostModel(replace(MACHINE, one_attention_launch=one), SHAPE) for one in (1, 0)]
     pair, read = SHAPE.attention_flops / 1e5, SHAPE.kv_bytes_per_token / 1e6
@@ -225,7 +224,7 @@ def test_what_runs_side_by_side_shares_the_machine(products, arithmetic, reading
 
 
 @given(rows=ROWS, budget=st.integers(3, 60))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_the_work_of_halves_is_that_of_their_batches(rows, budget):
     plan = plan_of(rows)
     scheduler = scheduler_for(400, budget)
@@ -244,7 +243,7 @@ def test_the_work_of_halves_is_that_of_their_batches(rows, budget):
 
 
 @given(rows=ROWS, budget=st.integers(3, 60))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_side_by_side_is_faster_or_not_done(rows, budget):
     plan = plan_of(rows)
     outputs = leaf_outputs(plan, rows)
@@ -298,7 +297,7 @@ def test_thinner_steps_are_taken_where_they_hide_more():
 
 
 @given(rows=ROWS, step_tokens=st.integers(1, 30))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_plan_may_ask_for_thinner_steps(rows, step_tokens):
     plan = Choice("dfs", step_tokens).order(plan_of(rows), leaf_outputs(plan_of(rows), rows))
     scheduler = scheduler_for(400, 24)

@@ -67,7 +67,7 @@ def read_slots(step):
 
 
 @given(ROWS, st.integers(1, 40), st.integers(0, 60), st.booleans())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_halves_answer_as_the_whole(rows, budget, spare, ahead):
     reqs = requests(rows)
     plan = plan_requests(reqs, policy="dfs")

@@ -53,7 +53,7 @@ def run(
     ignore_eos=st.booleans(),
     ahead=st.booleans(),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_every_row_is_answered_right_whatever_the_memory(
     rows, block_size, spare, budget, max_num_seqs, ignore_eos, ahead
 ):
@@ -84,7 +84,7 @@ def test_every_row_is_answered_right_whatever_the_memory(
     spare=st.integers(0, 30),
     ahead=st.booleans(),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_rows_without_usable_logits_fail_and_no_others(rows, block_size, spare, ahead):
     longest = max(min(len(p) + m - 1, MAX_MODEL_LEN) for p, m in rows)
     num_blocks = -(-longest // block_size) + spare

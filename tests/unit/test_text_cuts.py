@@ -2,7 +2,7 @@
 
 # ruff: noqa: RUF001
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizer_families import FAMILIES, PIECES, encode
 
@@ -16,7 +16,6 @@ def places(cuts, text):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@settings(deadline=None)
 @given(text=TEXTS)
 def test_tokens_are_those_of_the_parts(name, text):
     backend = FAMILIES[name]

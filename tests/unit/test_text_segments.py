@@ -57,7 +57,7 @@ def assert_equal(tokens, expected):
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(texts=TREES | ALIKE, special=st.booleans(), shuffle=st.randoms())
 def test_tokens_are_the_whole_texts(name, texts, special, shuffle):
     shuffle.shuffle(texts)
@@ -85,7 +85,6 @@ def once(texts, at):
     return parts
 
 
-@settings(deadline=None)
 @given(texts=TREES | ALIKE)
 def test_segments_are_cut_where_texts_part(texts):
     found = segment(texts, cuts())

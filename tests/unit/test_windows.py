@@ -35,9 +35,7 @@ def prompts(builder, windows):
     return [list(builder.build(window.rows.table).tokens) for window in windows]
 
 
-@settings(
-    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None
-)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 @given(
     texts=st.lists(st.text("ab\n ", max_size=12) | st.none(), max_size=80),
     window_rows=st.integers(1, 30),
