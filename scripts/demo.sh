@@ -3,6 +3,7 @@
 # Usage: scripts/demo.sh [more options of `batchllm run`]
 set -euo pipefail
 cd "$(dirname "$0")/.."
+unset PYTHONDONTWRITEBYTECODE  # or every process compiles what it imports
 bash scripts/setup.sh run
 
 batchllm="${BATCHLLM_VENV:-.venv}/bin/batchllm"

@@ -81,9 +81,12 @@ if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then  # none, or not m
     "$python" -m venv "$venv"
 fi
 ensure_compiler
-# Modules are compiled when they are first imported: most of those installed never are.
+# Modules are compiled when they are first imported: most of those installed never are. Unless none
+# may be then: each process would compile all that it imports, torch for five seconds.
+compile=--no-compile
+[ -z "${PYTHONDONTWRITEBYTECODE:-}" ] || compile=--compile
 install() {
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile \
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$compile" \
         --constraint constraints.txt "$@" 2> >(grep -v "^WARNING" >&2 || true)
 }
 requirements_of() {

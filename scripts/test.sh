@@ -3,6 +3,7 @@
 # Usage: scripts/test.sh [--quick]      --quick leaves out what needs the real model or a cluster
 set -euo pipefail
 cd "$(dirname "$0")/.."
+unset PYTHONDONTWRITEBYTECODE  # or every process compiles what it imports
 bash scripts/setup.sh dev
 bin="${BATCHLLM_VENV:-.venv}/bin"
 
