@@ -20,7 +20,7 @@ _SAMPLE_LEAVES = 4096
 _RUN = 64  # leaves taken together
 _MULTIPLE = 128  # products are computed in tiles of so many rows
 _LEAST_STEP = 256
-_ROOM = (0.8, 1.0, 1.25, 1.6)
+_ROOM = (0.8, 1.0, 1.25, 1.6)  # of an even step: some begin before others have anything to do
 
 
 @dataclass(frozen=True, slots=True)
