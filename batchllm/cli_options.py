@@ -144,7 +144,7 @@ AttentionBackendName = Annotated[
     typer.Option(
         "--attention-backend",
         help="auto, or by name: native, torch or reference on a CPU; cuda, flashinfer, "
-        "flashinfer-flat or reference on a GPU.",
+        "mixed (of both), flashinfer-flat or reference on a GPU.",
         rich_help_panel=_ENGINE,
     ),
 ]

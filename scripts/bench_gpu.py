@@ -81,7 +81,7 @@ RUNS = {
         Run("llama-3.1-8b", "100x16", overlap=False),
         *(
             Run("llama-3.1-8b", "100x16", "auto", backend)
-            for backend in ("cuda", "flashinfer", "flashinfer-flat")
+            for backend in ("cuda", "mixed", "flashinfer", "flashinfer-flat")
         ),
         *(
             Run("llama-3.2-1b", workload, policy)

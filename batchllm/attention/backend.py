@@ -122,6 +122,7 @@ _HOMES = {
     "torch": _Home("batchllm.attention.cascade", "TorchBackend"),
     "native": _Home("batchllm.attention.native", "NativeBackend"),
     "cuda": _Home("batchllm.attention.cuda", "make_cuda", ("cuda",), takes_heads=True),
+    "mixed": _Home("batchllm.attention.mixed", "make_mixed", ("cuda",), takes_heads=True),
     **{
         name: _Home("batchllm.attention.flashinfer", factory, ("cuda",), takes_heads=True)
         for name, factory in (("flashinfer", "make_flashinfer"), ("flashinfer-flat", "make_flat"))

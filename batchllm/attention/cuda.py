@@ -108,7 +108,7 @@ def make_cuda(block_size: int, heads: Heads | None, kv_dtype: torch.dtype | None
     Raises:
         UsageError: there are none, or no GPU, or they cannot do these sizes.
     """
-    from batchllm.attention.cuda_timing import gpu_seconds, with_measured_costs
+    from batchllm.attention.timing import gpu_seconds, with_measured_costs
 
     assert heads is not None
     kernels = load_cuda_library()

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import numpy as np
 
 from batchllm.attention.cuda_plan import LARGE_ROWS, UnitCosts
+from batchllm.attention.sample_items import grouped, lone
 from batchllm.runner.model_input import AttentionItems
 
 TimeStep = Callable[[AttentionItems, int, UnitCosts], float]
@@ -34,10 +35,10 @@ def measure_costs(
     size = max(1, LARGE_ROWS // group)
 
     def alone(queries: int, keys: int) -> float:
-        return time_step(_decodes(queries, keys, block_size), queries, _ALONG)
+        return time_step(lone(queries, 1, keys, block_size), queries, _ALONG)
 
     def shared(groups: int, keys: int) -> float:
-        return time_step(grouped_decodes(groups, size, keys, block_size), groups * size, _APART)
+        return time_step(grouped(groups, size, 1, keys, block_size), groups * size, _APART)
 
     short = alone(count, _SHORT)
     small = (alone(count, _LONG) - short) / (_LONG - _SHORT) / count
@@ -54,44 +55,3 @@ def measure_costs(
     low, high = zip(*_RANGES, strict=True)
     found = np.clip([large / small, unit / small, merged / small / (size * group)], low, high)
     return UnitCosts(large_key=float(found[0]), unit=float(found[1]), partial_row=float(found[2]))
-
-
-def _decodes(count: int, keys: int, block_size: int) -> AttentionItems:
-    """Queries that share nothing."""
-    return _items(np.arange(count), np.arange(count) + 1, keys, np.ones(count, bool), block_size)
-
-
-def grouped_decodes(count: int, size: int, keys: int, block_size: int) -> AttentionItems:
-    """Groups of decodes with a segment in common and a token of their own."""
-    queries = np.arange(count * size)
-    first = np.arange(count) * size
-    own = np.arange(len(queries) + count) < len(queries)
-    lengths = np.where(own, 1, keys)
-    return _items(
-        np.concatenate([queries, first]),
-        np.concatenate([queries + 1, first + size]),
-        lengths,
-        own,
-        block_size,
-    )
-
-
-def _items(
-    begin: np.ndarray,
-    end: np.ndarray,
-    keys: int | np.ndarray,
-    own: np.ndarray,
-    block_size: int,
-) -> AttentionItems:
-    kv_len = np.broadcast_to(np.asarray(keys, dtype=np.int64), begin.shape).copy()
-    num_blocks = -(-kv_len // block_size)
-    offsets = np.concatenate([[0], np.cumsum(num_blocks)])
-    return AttentionItems(
-        query_begin=begin.astype(np.int64),
-        query_end=end.astype(np.int64),
-        kv_start=np.where(own, _LONG * 4, 0),
-        kv_len=kv_len,
-        own=own,
-        block_offsets=offsets,
-        block_ids=np.arange(offsets[-1]),
-    )

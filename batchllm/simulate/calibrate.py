@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from batchllm.least_squares import least_squares
 from batchllm.scheduler.batch import Batch
 from batchllm.simulate.cost import CostModel, work_of
 from batchllm.simulate.machine import Machine
@@ -40,7 +41,7 @@ def calibrate(machine: Machine, shape: ModelShape, steps: Sequence[MeasuredStep]
         products = costs.product(shape.body_parameters, work.num_tokens)
         products += costs.product(shape.head_parameters, work.num_samples)
         rest.append((step.seconds - products) / step.seconds)
-    each, token, sample, pair, read, segment = _least_squares(np.array(rows), np.array(rest))
+    each, token, sample, pair, read, segment = least_squares(np.array(rows), np.array(rest))
     tiny = 1e-15
     return replace(
         machine,
@@ -51,19 +52,3 @@ def calibrate(machine: Machine, shape: ModelShape, steps: Sequence[MeasuredStep]
         kv_bandwidth=float(shape.kv_bytes_per_token / max(read, tiny)),
         segment_seconds=float(segment),
     )
-
-
-def _least_squares(rows: Floats, wanted: Floats) -> Floats:
-    """Non-negative least squares: negative figures are set to 0 and the others fitted again."""
-    scale = np.abs(rows).max(axis=0)
-    scale[scale == 0] = 1.0
-    kept = np.ones(rows.shape[1], dtype=np.bool_)
-    found: Floats = np.zeros(rows.shape[1])
-    while kept.any():
-        part, *_ = np.linalg.lstsq(rows[:, kept] / scale[kept], wanted, rcond=None)
-        if (part >= 0).all():
-            found[kept] = part / scale[kept]
-            break
-        places = np.flatnonzero(kept)
-        kept[places[part < 0]] = False
-    return found

@@ -18,8 +18,10 @@ from hypothesis import strategies as st
 from sampling import make_samples
 
 from batchllm.attention.backend import Heads
+from batchllm.attention.cuda_library import load_cuda_library
 from batchllm.attention.flashinfer import FlashInferBackend
 from batchllm.attention.flashinfer_write import Write
+from batchllm.attention.mixed import make_mixed
 from batchllm.attention.write import rotate_and_write
 from batchllm.errors import UsageError
 from batchllm.flashinfer_library import load_flashinfer
@@ -85,6 +87,28 @@ def test_attention_equals_reference_step_after_step(rows, shape, fold_below):
         device="cuda",
     )
     assert done.steps > 5 and (done.poisoned > 20 or rows != "poisoned")
+
+
+@pytest.mark.parametrize("shape", ["128"])
+def test_mixed_with_our_kernel_equals_reference_step_after_step(shape):
+    try:
+        load_cuda_library()
+    except UsageError as error:
+        pytest.skip(str(error))
+    kv_heads, group, head_dim, _ = SHAPES[shape]
+    mixed = make_mixed(16, Heads(group * kv_heads, kv_heads, head_dim), None)
+    print([part.costs for part in mixed._parts])
+    sizes = {"kv_heads": kv_heads, "group": group, "head_dim": head_dim, "device": "cuda"}
+    done = check(
+        deep_tree(),
+        mixed,
+        block_size=16,
+        budget=100,
+        dtype=torch.bfloat16,
+        tolerance=BFLOAT16,
+        **sizes,
+    )
+    assert done.steps > 5
 
 
 @pytest.mark.parametrize("fold_below", FOLDS)

@@ -1,5 +1,7 @@
 """The `cuda` kernel's own lines, run by the emulation, against the reference."""
 
+import flashinfer_reading
+import numpy as np
 import pytest
 import torch
 from attention_checks import (
@@ -20,10 +22,14 @@ from hypothesis import strategies as st
 
 from batchllm.attention.backend import Heads, make_backend
 from batchllm.attention.cuda import CudaBackend
-from batchllm.attention.cuda_costs import grouped_decodes
+from batchllm.attention.cuda_graph import CudaGraphPlan
 from batchllm.attention.cuda_library import CudaLibrary
 from batchllm.attention.cuda_plan import UnitCosts
-from batchllm.attention.cuda_timing import with_measured_costs
+from batchllm.attention.flashinfer import FlashInferBackend
+from batchllm.attention.mixed import MixedBackend, Part
+from batchllm.attention.sample_items import grouped
+from batchllm.attention.step_costs import StepCosts
+from batchllm.attention.timing import with_measured_costs
 from batchllm.errors import UsageError
 from batchllm.models.device_operations import DeviceOperations
 from batchllm.models.rope import Rotation
@@ -267,13 +273,49 @@ def test_costs_are_measured_with_the_kernel_itself(library, monkeypatch):
     def measure(time_step, **sizes):
         assert sizes.pop("num_blocks") == backend.num_blocks
         assert sizes == {"group": 2, "num_kv_heads": 2, "block_size": 16}
-        seconds = time_step(grouped_decodes(2, 3, 40, 16), 6, planned_with)
+        seconds = time_step(grouped(2, 3, 1, 40, 16), 6, planned_with)
         return UnitCosts(unit=seconds)
 
-    monkeypatch.setattr("batchllm.attention.cuda_timing.measure_costs", measure)
+    monkeypatch.setattr("batchllm.attention.timing.measure_costs", measure)
     costs = with_measured_costs(backend, torch.device("cpu"), clock)
     assert costs == UnitCosts(unit=3.0)  # the median of five
     assert calls == [planned_with] * 5 and backend.costs == UnitCosts()
+
+
+def test_two_backends_share_a_cache_and_each_takes_what_it_is_faster_for(library, monkeypatch):
+    """Chunks by FlashInfer's calls, read plainly, and decodes by the kernel."""
+    shape = kv_heads, group, head_dim = 2, 3, 64
+    ours = CudaBackend(4, heads(*shape), library)
+    theirs = FlashInferBackend(4, heads(*shape), flashinfer_reading)
+    planned = []
+    for backend in (ours, theirs):
+        plan = backend.plan
+
+        def noted(step, rotation, put, plan=plan, name=backend.name):
+            planned.append((name, len(step.token_ids) == len(step.samples)))
+            return plan(step, rotation, put)
+
+        monkeypatch.setattr(backend, "plan", noted)
+    costs = [StepCosts(np.array(each, float)) for each in ([1, 0, 9, 0, 0, 0], [5, 0, 0, 0, 0, 0])]
+    mixed = MixedBackend(ours, costs[0], [Part(theirs, costs[1])])
+    assert mixed.name == "cuda (emulated) or flashinfer"
+    check(
+        deep_tree(),
+        mixed,
+        block_size=4,
+        budget=60,
+        kv_heads=kv_heads,
+        group=group,
+        head_dim=head_dim,
+        dtype=torch.bfloat16,
+        tolerance=tolerance(None),
+    )
+    assert {name for name, is_decodes in planned if is_decodes} == {ours.name}
+    assert {name for name, is_decodes in planned if not is_decodes} == {theirs.name}
+    assert len(planned) > 10
+    rotation, reserve = Rotation(torch.zeros(2, 32), torch.zeros(2, 32)), FixedStager(CpuDevice())
+    assert isinstance(mixed.graph_plan(2, rotation, reserve.reserve), CudaGraphPlan)
+    assert mixed.on_share(0.4).num_blocks == max(int(ours.num_blocks * 0.4), 1)
 
 
 def test_a_step_without_room_is_left_to_others(library):

@@ -15,6 +15,7 @@ ALLOWED = {
     "request": {"errors"},
     "config": {"errors"},
     "metrics": set(),
+    "least_squares": set(),
     "flashinfer_library": {"errors"},
     "prefix": {"errors", "request", "prefix"},
     "cgroup": set(),
@@ -22,7 +23,10 @@ ALLOWED = {
     "cache": {"errors", "cgroup", "cache"},
     "scheduler": {"errors", "request", "prefix", "cache", "scheduler"},
     "engine": {"errors", "request", "prefix", "cache", "scheduler"},
-    "simulate": {"errors", "request", "prefix", "cache", "scheduler", "models", "simulate"},
+    "simulate": {
+        *("errors", "request", "prefix", "cache", "scheduler", "models", "least_squares"),
+        "simulate",
+    },
     "progress": {"prefix", "scheduler"},
     "io": {"errors", "request", "io"},
     "text": {"errors", "request", "prefix", "text"},
@@ -30,7 +34,7 @@ ALLOWED = {
     "native": {"native"},
     "attention": {
         *("errors", "request", "scheduler", "models", "native", "flashinfer_library"),
-        *("attention", "runner"),
+        *("least_squares", "attention", "runner"),
     },
     "sampling": {"errors", "request", "scheduler", "flashinfer_library", "sampling"},
     "runner": {
@@ -76,6 +80,7 @@ NO_TORCH = (
     "batchllm.cache.block_pool",
     "batchllm.runner.fake_runner",
     "batchllm.attention.cuda_plan",
+    "batchllm.attention.step_costs",
     "batchllm.runner.choose_device",
     "batchllm.runner.dtype",
     "batchllm.runner.threads",

@@ -1,12 +1,13 @@
-"""Times of the `cuda` kernel's steps, by which `cuda_costs` finds what its units cost."""
+"""Times of steps of attention on a GPU, by which it is found what they cost."""
 
 import statistics
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from batchllm.attention.backend import Heads
+from batchllm.attention.backend import AttentionBackend, Heads
 from batchllm.attention.cuda import CudaBackend
 from batchllm.attention.cuda_costs import measure_costs
 from batchllm.attention.cuda_plan import UnitCosts
@@ -20,6 +21,15 @@ Clock = Callable[[Callable[[], object]], float]
 """The seconds that a call takes on the device."""
 
 
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What a layer's attention is of, beside the step."""
+
+    heads: Heads
+    block_size: int
+    kv_dtype: torch.dtype
+
+
 def gpu_seconds(call: Callable[[], object]) -> float:
     """By events on the current stream."""
     make_event: Callable[..., torch.Event] = torch.cuda.Event  # torch leaves it without types
@@ -31,31 +41,45 @@ def gpu_seconds(call: Callable[[], object]) -> float:
     return float(begin.elapsed_time(end)) / 1e3
 
 
+def time_step(
+    backend: AttentionBackend,
+    sizes: Sizes,
+    items: AttentionItems,
+    num_queries: int,
+    device: torch.device,
+    clock: Clock,
+) -> float:
+    """Seconds that one layer of a step takes a backend, once it was run before."""
+    heads = sizes.heads
+    step = _step_of(items, num_queries)
+    half = torch.zeros(num_queries, heads.head_dim // 2, device=device)
+    plan = backend.plan(step, Rotation(half + 1, half), lambda a: torch.from_numpy(a).to(device))
+    width = heads.num_heads + 2 * heads.num_kv_heads
+    shape = (num_queries, width, heads.head_dim)
+    qkv = torch.ones(shape, dtype=torch.bfloat16, device=device)
+    row = kv_row_values(heads.head_dim, sizes.kv_dtype)
+    blocks = (2, len(items.block_ids), sizes.block_size, heads.num_kv_heads, row)
+    keys, values = torch.zeros(blocks, dtype=sizes.kv_dtype, device=device)
+    plan.run(qkv, keys, values)
+    return statistics.median(clock(lambda: plan.run(qkv, keys, values)) for _ in range(_RUNS))
+
+
 def with_measured_costs(backend: CudaBackend, device: torch.device, clock: Clock) -> UnitCosts:
     """What units cost here; takes up to a few GB of the device for a moment.
 
     Where that is not to be had, they are what the backend was made with.
     """
     heads = backend.heads
+    sizes = Sizes(heads, backend.block_size, backend.kv_dtype)
 
-    def time_step(items: AttentionItems, num_queries: int, costs: UnitCosts) -> float:
+    def time_units(items: AttentionItems, num_queries: int, costs: UnitCosts) -> float:
         backend.costs = costs
-        step = _step_of(items, num_queries)
-        half = torch.zeros(num_queries, heads.head_dim // 2, device=device)
-        plan = backend.plan(
-            step, Rotation(half + 1, half), lambda a: torch.from_numpy(a).to(device)
-        )
-        width = heads.num_heads + 2 * heads.num_kv_heads
-        shape = (num_queries, width, heads.head_dim)
-        qkv = torch.ones(shape, dtype=torch.bfloat16, device=device)
-        keys, values = _cache(backend, len(items.block_ids), device)
-        plan.run(qkv, keys, values)
-        return statistics.median(clock(lambda: plan.run(qkv, keys, values)) for _ in range(_RUNS))
+        return time_step(backend, sizes, items, num_queries, device, clock)
 
     before = backend.costs
     try:
         return measure_costs(
-            time_step,
+            time_units,
             group=heads.group,
             num_kv_heads=heads.num_kv_heads,
             num_blocks=backend.num_blocks,
@@ -65,13 +89,6 @@ def with_measured_costs(backend: CudaBackend, device: torch.device, clock: Clock
         return before
     finally:
         backend.costs = before
-
-
-def _cache(backend: CudaBackend, num_blocks: int, device: torch.device) -> torch.Tensor:
-    heads: Heads = backend.heads
-    row = kv_row_values(heads.head_dim, backend.kv_dtype)
-    shape = (2, num_blocks, backend.block_size, heads.num_kv_heads, row)
-    return torch.zeros(shape, dtype=backend.kv_dtype, device=device)
 
 
 def _step_of(items: AttentionItems, num_queries: int) -> ModelInput:
