@@ -108,7 +108,7 @@ class LLM:
         )
         self._lengths = LengthEstimator()
         self.shape = shape_of(model.config, loaded.dtype, loaded.kv_bytes_per_token)
-        self.machine = this_machine(gpu=loaded.hardware).if_it_overlaps(loaded.overlaps)
+        self.machine = this_machine(gpu=loaded.hardware).with_overlap(loaded.overlap)
         self._costs = CostModel(self.machine, self.shape)
         self._scheduler = self.new_scheduler()
         self.load_seconds = time.perf_counter() - started

@@ -16,7 +16,7 @@ def loaded_text(llm: "LLM") -> str:
         f"{llm.checkpoint.path.name} in {kind} (loaded in {llm.load_seconds:.1f}s), "
         f"{loaded.hardware or llm.threads}{_processes(llm)}, "
         f"{llm.kv_memory / 2**30:,.2f} GiB KV memory = {llm.num_kv_tokens:,} tokens, "
-        f"attention {llm.attention}{' beside products' if loaded.overlaps else ''}"
+        f"attention {llm.attention}{' beside products' if loaded.overlap else ''}"
     )
     warnings = [
         isinstance(llm.checkpoint, DummyCheckpoint) and llm.checkpoint.about,

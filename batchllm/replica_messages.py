@@ -40,7 +40,7 @@ class ReplicaLoaded:
     device: str
     hardware: str | None
     kv_bytes_per_token: int | None
-    overlaps: bool
+    overlap: tuple[float, float] | None
 
     @classmethod
     def of(cls, loaded: "LoadedRunner | ReplicaLoaded") -> "ReplicaLoaded":

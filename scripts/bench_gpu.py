@@ -157,7 +157,7 @@ def execute(run: Run, machine: Machine, device: torch.device) -> Result:
     policy = ", ".join(sorted(llm.chosen_policies)) or run.policy
     result = Result(
         run=run,
-        attention=llm.attention + " beside products" * llm.loaded.overlaps,
+        attention=llm.attention + " beside products" * (llm.loaded.overlap is not None),
         policy=policy,
         seconds=seconds,
         tokens_per_second=tokens / seconds,

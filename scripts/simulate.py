@@ -114,7 +114,7 @@ def simulate(case: Case) -> tuple[SimulationReport, SimulationReport]:
     """Run one case; and `auto` again where nothing runs side by side."""
     machine, shape, prompts = get_machine(case.machine), get_shape(MODEL), case.build()
     beside = TableSimulation(machine, shape)
-    apart = TableSimulation(machine.if_it_overlaps(False), shape, policies=[AUTO])
+    apart = TableSimulation(machine.with_overlap(None), shape, policies=[AUTO])
     for simulation in (beside, apart):
         simulation.add(prompts)
     return beside.report, apart.report

@@ -45,7 +45,7 @@ def body(parent):
             device="cpu",
             hardware=None,
             kv_bytes_per_token=None,
-            overlaps=False,
+            overlap=None,
         )
     )
     inbox = Inbox(parent)

@@ -7,16 +7,19 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from batchllm.attention.backend import AttentionBackend, Heads
+from batchllm.attention.backend import AttentionBackend, Heads, SharingBackend
 from batchllm.attention.cuda import CudaBackend
 from batchllm.attention.cuda_costs import measure_costs
 from batchllm.attention.cuda_plan import UnitCosts
+from batchllm.attention.sample_items import lone
 from batchllm.models.rope import Rotation
 from batchllm.runner.kv_cache import kv_row_values
 from batchllm.runner.model_input import AttentionItems, ModelInput
 from batchllm.scheduler.batch import Samples
 
 _RUNS = 5
+_SHARES = (0.2, 0.3, 0.4, 0.5, 0.6)
+_DECODES, _KEYS = 64, 2048
 Clock = Callable[[Callable[[], object]], float]
 """The seconds that a call takes on the device."""
 
@@ -62,6 +65,28 @@ def time_step(
     keys, values = torch.zeros(blocks, dtype=sizes.kv_dtype, device=device)
     plan.run(qkv, keys, values)
     return statistics.median(clock(lambda: plan.run(qkv, keys, values)) for _ in range(_RUNS))
+
+
+def measure_share(
+    backend: SharingBackend, sizes: Sizes, device: torch.device, clock: Clock
+) -> tuple[float, float] | None:
+    """What share of the device attention had best, beside something else, and its speed with it.
+
+    Speed is of long decodes, which are bound by reading, beside that on the whole device. Best is
+    what reads most for what it takes away. None where there is no memory to try.
+    """
+    items = lone(_DECODES, 1, _KEYS, sizes.block_size)
+
+    def seconds(of: AttentionBackend) -> float:
+        return time_step(of, sizes, items, _DECODES, device, clock)
+
+    try:
+        whole = seconds(backend)
+        speeds = {s: min(whole / seconds(backend.on_share(s)), 1.0) for s in _SHARES}
+    except torch.OutOfMemoryError:
+        return None
+    best = max(_SHARES, key=lambda share: speeds[share] / share)
+    return best, speeds[best]
 
 
 def with_measured_costs(backend: CudaBackend, device: torch.device, clock: Clock) -> UnitCosts:

@@ -129,7 +129,7 @@ class TableSimulation:
             )
         self._machine, self._shape = machine, shape
         self.costs = CostModel(machine, shape)
-        self._their_costs = CostModel(machine.if_it_overlaps(False), shape)
+        self._their_costs = CostModel(machine.with_overlap(None), shape)
         self.limits = SchedulerLimits(
             num_blocks=room // block_size,
             block_size=block_size,

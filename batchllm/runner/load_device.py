@@ -13,6 +13,7 @@ from batchllm.attention.backend import (
     make_backend,
 )
 from batchllm.attention.flashinfer import FlashInferBackend
+from batchllm.attention.timing import Sizes, gpu_seconds, measure_share
 from batchllm.cache.memory import num_kv_blocks, ran_out_of_memory
 from batchllm.config import EngineConfig
 from batchllm.errors import UsageError
@@ -100,10 +101,12 @@ def load_on_device(
         backend, operations = TimedBackend(backend, clock), TimedOperations(operations, clock)
     model = load_model(checkpoint, config, max_model_len, backend, operations, dtype, home, shard)
     kv_bytes = kv_bytes_per_token(shape.num_layers, shape.num_kv_heads, shape.head_dim, kv_dtype)
-    costs = CostModel(this_machine(gpu=str(device)), shape_of(shape, name, kv_bytes))
-    beside = None
+    overlap = None
     if config.overlap and clock is None and shard is WHOLE:
-        beside = _beside(backend, device, costs)
+        overlap = _overlap(backend, Sizes(_heads(shape), config.block_size, kv_dtype), device)
+    machine = this_machine(gpu=str(device)).with_overlap(overlap)
+    costs = CostModel(machine, shape_of(shape, name, kv_bytes))
+    beside = _beside(backend, device, costs)
     steps = FullestSteps.of(limits, max_model_len, config.block_size)
     cache = KVCache(
         num_layers=shape.num_layers,
@@ -137,13 +140,13 @@ def load_on_device(
     )
     wanted = shard.least(wanted)
     runner.resize(wanted)
-    overlaps = beside is not None and is_faster_beside(
+    if beside is not None and is_faster_beside(
         runner.submit, beside, device, limits.max_num_seqs, runner.num_blocks, config.block_size
-    )
-    if beside is not None and overlaps:
+    ):
         beside.pays = partial(_pays, costs)
     else:
         runner.run_whole()
+        overlap = None
     return LoadedRunner(
         runner,
         runner.num_blocks,
@@ -156,7 +159,7 @@ def load_on_device(
         home.type,
         str(device),
         kv_bytes_per_token=kv_bytes,
-        overlaps=overlaps,
+        overlap=overlap,
     )
 
 
@@ -167,11 +170,22 @@ def _backend(config: EngineConfig, shape: ModelConfig, device: str, dtype: str) 
         config.attention_backend,
         config.block_size,
         shape.head_dim,
-        heads=Heads(shape.num_heads, shape.num_kv_heads, shape.head_dim),
+        heads=_heads(shape),
         kv_dtype=cache_dtype(config.kv_cache_dtype),
         deterministic=config.deterministic,
         device=device,
     )
+
+
+def _heads(shape: ModelConfig) -> Heads:
+    return Heads(shape.num_heads, shape.num_kv_heads, shape.head_dim)
+
+
+def _overlap(backend: AttentionBackend, sizes: Sizes, device: Device) -> tuple[float, float] | None:
+    """Attention's share of the device beside products, and its speed, where it can have a share."""
+    if not isinstance(backend, SharingBackend):
+        return None
+    return measure_share(backend, sizes, device.torch_device, gpu_seconds)
 
 
 def _beside(backend: AttentionBackend, device: Device, costs: CostModel) -> Beside | None:

@@ -37,7 +37,8 @@ class LoadedRunner:
     `cuda`; `hardware` is the GPU's name, where the threads are not what computes.
     `kv_bytes_per_token` is given where it is not what the dtype makes it. `threads` are those of
     all processes that share the machine, and `close` ends those that belong to the runner.
-    `overlaps`: steps may run in halves, attention of one beside products of the other.
+    `overlap`: where steps may run in halves, attention of one beside products of the other, its
+    share of the device and its speed with it, see `Machine`.
     """
 
     runner: StepRunner
@@ -51,7 +52,7 @@ class LoadedRunner:
     device: str = "cpu"
     hardware: str | None = None
     kv_bytes_per_token: int | None = None
-    overlaps: bool = False
+    overlap: tuple[float, float] | None = None
     close: Callable[[], object] = _nothing
 
 

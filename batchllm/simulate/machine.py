@@ -67,9 +67,10 @@ class Machine:
         best = tuple((tokens, max(rate, had.get(tokens, 0.0))) for tokens, rate in gemm_rates)
         return replace(self, gemm_rates=best, bandwidth=max(bandwidth, self.bandwidth))
 
-    def if_it_overlaps(self, overlaps: bool) -> "Machine":
-        """The same for an engine that runs attention beside products, or one at a time."""
-        return self if overlaps else replace(self, overlap_share=0.0, overlap_speed=0.0)
+    def with_overlap(self, share_and_speed: tuple[float, float] | None) -> "Machine":
+        """The same where attention has such a share and speed beside products, or never runs so."""
+        share, speed = share_and_speed or (0.0, 0.0)
+        return replace(self, overlap_share=share, overlap_speed=speed)
 
     def as_text(self) -> str:
         """Its figures, for people."""

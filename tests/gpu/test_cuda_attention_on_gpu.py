@@ -11,6 +11,7 @@ from batchllm.attention.backend import Heads
 from batchllm.attention.cuda import CudaBackend
 from batchllm.attention.cuda_library import load_cuda_library
 from batchllm.attention.cuda_plan import UnitCosts
+from batchllm.attention.timing import Sizes, gpu_seconds, measure_share
 from batchllm.errors import UsageError
 
 pytestmark = pytest.mark.gpu
@@ -88,3 +89,16 @@ def test_equals_reference_on_long_contexts(library, rows, kv_dtype, costs):
 def test_nans_stay_with_the_rows_that_see_them(library, kv_dtype):
     backend, sizes = sizes_of(library, (1, 4, 64), 16, COSTS[1], kv_dtype)
     assert check(poisoned_rows(), backend, budget=60, **sizes).poisoned > 20
+
+
+def test_a_share_of_the_device_reads_slower_than_all_of_it_and_is_as_right(library):
+    """What is found is printed: it is what the cost model goes by."""
+    heads = Heads(32, 8, 128)
+    backend = CudaBackend(16, heads, library)
+    found = measure_share(
+        backend, Sizes(heads, 16, torch.bfloat16), torch.device("cuda"), gpu_seconds
+    )
+    print(f"share and speed beside products: {found}")
+    assert found is not None and 0 < found[0] < 1 and 0.1 < found[1] <= 1
+    backend, sizes = sizes_of(library, (2, 4, 128), 16, COSTS[0], None)
+    assert check(deep_tree(), backend.on_share(found[0]), budget=200, **sizes).steps > 5

@@ -245,7 +245,7 @@ def test_the_default_model_is_greedy(default_model, needs_kernels, in_halves, mo
         monkeypatch.setattr(load_device, "_pays", lambda costs, batch: batch.num_tokens > 1)
     oracle, truth = (load_gguf_model(default_model, k) for k in (torch.bfloat16, torch.float32))
     llm = LLM(default_model, device="cuda", attention_backend="cuda", kv_memory=1 << 30)
-    assert llm.loaded.overlaps or not in_halves
+    assert llm.loaded.overlap or not in_halves
     prompts = list(llm.tokenizer.encode_batch(TEXTS, add_special_tokens=False))
     prompts = [prompt.tolist() for prompt in prompts]
     outputs = llm.generate(prompts, SamplingParams(max_tokens=12))

@@ -249,7 +249,7 @@ def test_side_by_side_is_faster_or_not_done(rows, budget):
     outputs = leaf_outputs(plan, rows)
     apart, beside = (
         simulate(plan, outputs, scheduler_for(400, budget), CostModel(machine, SHAPE))
-        for machine in (SIDE_BY_SIDE.if_it_overlaps(False), SIDE_BY_SIDE)
+        for machine in (SIDE_BY_SIDE.with_overlap(None), SIDE_BY_SIDE)
     )
     assert beside.seconds == pytest.approx(apart.seconds - beside.hidden_seconds)
     assert 0 <= beside.hidden_seconds <= min(apart.attention_seconds, apart.gemm_seconds)
@@ -292,7 +292,7 @@ def test_thinner_steps_are_taken_where_they_hide_more():
         for tokens in (choice.step_tokens, None, 256)
     }
     assert min(seconds, key=seconds.get) == choice.step_tokens
-    apart = CostModel(machine.if_it_overlaps(False), shape)
+    apart = CostModel(machine.with_overlap(None), shape)
     assert choose_policy(plan, outputs, limits, apart).step_tokens is None
 
 

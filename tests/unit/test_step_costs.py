@@ -8,7 +8,7 @@ import torch
 from attention_trees import trees
 from hypothesis import given
 
-from batchllm.attention import mixed
+from batchllm.attention import mixed, timing
 from batchllm.attention.backend import Heads
 from batchllm.attention.sample_items import grouped, lone
 from batchllm.attention.step_costs import StepCosts, counts_of, measure_step_costs, sample_steps
@@ -88,3 +88,42 @@ def test_both_are_timed_and_without_memory_the_first_does_it_all(monkeypatch, ha
     count = len(sample_steps(16))
     assert timed == ["ours"] * count + ["theirs"] * count
     assert made.name == "ours or theirs"
+
+
+class Shared:
+    """A backend whose time on a share of the device is known."""
+
+    def __init__(self, share=1.0):
+        self.share = share
+
+    def on_share(self, share):
+        assert self.share == 1.0
+        return Shared(share)
+
+
+@pytest.mark.parametrize(
+    ("speeds", "expected"),
+    [
+        ({0.2: 0.3, 0.3: 0.6, 0.4: 0.7, 0.5: 0.8, 0.6: 0.9}, (0.3, 0.6)),
+        ({0.2: 0.2, 0.3: 0.3, 0.4: 0.9, 0.5: 1.2, 0.6: 1.3}, (0.4, 0.9)),
+        ({0.2: 0.1, 0.3: 0.2, 0.4: 0.3, 0.5: 1.2, 0.6: 1.3}, (0.5, 1.0)),
+    ],
+)
+def test_attentions_share_is_what_reads_most_for_what_it_takes(monkeypatch, speeds, expected):
+    def time_step(backend, sizes, items, num_queries, device, clock):
+        assert num_queries == len(items) and items.kv_len.min() >= 1024
+        return 1e-3 / {1.0: 1.0, **speeds}[backend.share]
+
+    monkeypatch.setattr(timing, "time_step", time_step)
+    sizes = timing.Sizes(Heads(8, 2, 128), 16, torch.bfloat16)
+    share, speed = timing.measure_share(Shared(), sizes, torch.device("cpu"), None)
+    assert (share, speed) == pytest.approx(expected)
+
+
+def test_without_memory_nothing_is_shared(monkeypatch):
+    def time_step(*_):
+        raise torch.OutOfMemoryError("none")
+
+    monkeypatch.setattr(timing, "time_step", time_step)
+    sizes = timing.Sizes(Heads(8, 2, 128), 16, torch.bfloat16)
+    assert timing.measure_share(Shared(), sizes, torch.device("cpu"), None) is None
