@@ -122,6 +122,7 @@ class CostModel:
         self._pair_seconds = shape.attention_flops / machine.attention_rate
         self._read_seconds = shape.kv_bytes_per_token / (machine.kv_bandwidth or machine.bandwidth)
         self._body, self._head = shape.body_parameters, shape.head_parameters
+        self._weights_seconds = self._body * shape.bytes_per_value / machine.bandwidth
         self._products: dict[tuple[int, int], float] = {}  # there are no more than a budget's
 
     @property
@@ -141,10 +142,10 @@ class CostModel:
             attention += max(self._attention_at_once(batch, work))
         else:
             attention += self._attention_apart(batch)
-        hidden = 0.0
-        if self.overlaps and work.num_tokens > 1:
+        hidden, least = 0.0, _LEAST_HIDDEN * (gemm + attention)
+        if work.num_tokens > 1 and self._most_hidden(gemm, attention) >= least:
             hidden = gemm + attention - self._overlapped(batch)
-        if hidden < _LEAST_HIDDEN * (gemm + attention):
+        if hidden < least:
             hidden = 0.0
         return StepCost(
             gemm=steps * gemm,
@@ -178,6 +179,20 @@ class CostModel:
             reading = parameters * self._shape.bytes_per_value / machine.bandwidth
             seconds = self._products[parameters, num_tokens] = max(arithmetic, reading)
         return seconds
+
+    def _most_hidden(self, products: float, attention: float) -> float:
+        """What can be hidden at most, however a batch is halved: told without halving it.
+
+        Each half reads the weights, and attention of both takes no less than of the whole. Then it
+        is as in `_beside`, where either case takes at least what the other would.
+        """
+        share, speed = self.machine.overlap_share, self.machine.overlap_speed
+        if not share:
+            return 0.0
+        halves = max(products, 2 * self._weights_seconds)
+        first = halves + attention * share / speed
+        second = attention + halves * (1 - speed) / (1 - share)
+        return products + attention - max(first, second)
 
     def _overlapped(self, batch: Batch) -> float:
         """Seconds of products and attention, those of either half beside the other's."""

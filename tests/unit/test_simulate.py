@@ -242,6 +242,32 @@ def test_the_work_of_halves_is_that_of_their_batches(rows, budget):
         scheduler.update(batch, StepOutput(last.astype(np.int32) * np.int32(END_TOKEN)))
 
 
+@given(
+    rows=ROWS,
+    budget=st.integers(3, 60),
+    rates=st.tuples(*[st.sampled_from([1e3, 1e4, 1e5, 1e6, 1e7])] * 3),
+)
+@settings(max_examples=100)
+def test_no_step_is_left_whole_that_would_gain(rows, budget, rates):
+    bandwidth, kv_bandwidth, attention_rate = rates
+    machine = replace(
+        SIDE_BY_SIDE,
+        bandwidth=bandwidth,
+        kv_bandwidth=kv_bandwidth,
+        attention_rate=attention_rate,
+    )
+    costs, scheduler = CostModel(machine, SHAPE), scheduler_for(400, budget)
+    scheduler.add(plan_of(rows))
+    while scheduler.has_unfinished:
+        batch = scheduler.schedule()
+        if batch.num_tokens > 1:
+            cost = costs.cost(batch)
+            gain = cost.gemm + cost.attention - costs._overlapped(batch)
+            least = 0.02 * (cost.gemm + cost.attention)
+            assert cost.hidden == pytest.approx(gain if gain >= least else 0.0)
+        scheduler.update(batch, StepOutput(np.zeros(len(batch.samples), np.int32)))
+
+
 @given(rows=ROWS, budget=st.integers(3, 60))
 @settings(max_examples=50)
 def test_side_by_side_is_faster_or_not_done(rows, budget):
