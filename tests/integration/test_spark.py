@@ -1,24 +1,21 @@
 """`batchllm.spark` on a real cluster of two executors, each a process of its own."""
 
-import datetime
 import os
 import shutil
 import signal
-import sys
 import time
 from threading import Thread
 
-import numpy as np
 import psutil
 import pyarrow as pa
 import pytest
 from guides import run_guide
+from spark_cluster import NUM_ROWS, RESULTS, TEMPLATE, alone, questions, session_on
 
 from batchllm import LLM, SamplingParams
 from batchllm.errors import UsageError
 
 pytest.importorskip("pyspark")
-from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
 from batchllm.spark import Summary, generate, gpu_profile, register_function
@@ -28,10 +25,6 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("java") is None, reason="no java"),
     pytest.mark.filterwarnings("ignore"),  # Spark's and pandas' own
 ]
-TEMPLATE = "{{ doc }}\n{{ q }}"
-RESULTS = ["answer", "finish_reason", "prompt_tokens", "output_tokens", "error"]
-NUM_ROWS = 6000
-SHORT_LIVED = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"  # a JVM that compiles less is ready sooner
 
 
 @pytest.fixture(scope="module")
@@ -40,50 +33,21 @@ def spark(tmp_path_factory):
     gpus = scratch / "gpus.sh"  # what a worker asks which GPUs it has
     gpus.write_text("""#!/bin/sh\necho '{"name": "gpu", "addresses": ["5"]}'\n""")
     gpus.chmod(0o755)
-    os.environ |= {
-        "PYSPARK_PYTHON": sys.executable,
-        "SPARK_LOCAL_IP": "127.0.0.1",
-        "SPARK_LOCAL_HOSTNAME": "localhost",
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    os.environ["SPARK_LOCAL_HOSTNAME"] = "localhost"
+    config = {
+        "spark.worker.resource.gpu.amount": "1",
+        "spark.worker.resource.gpu.discoveryScript": str(gpus),
+        "spark.executor.resource.gpu.amount": "1",
+        "spark.task.resource.gpu.amount": "0.1",
     }
-    session = (
-        SparkSession.builder.master("local-cluster[2,1,1024]")
-        .config("spark.ui.enabled", "false")
-        .config("spark.driver.host", "127.0.0.1")
-        .config("spark.driver.extraJavaOptions", SHORT_LIVED)
-        .config("spark.executor.extraJavaOptions", SHORT_LIVED)
-        .config("spark.executor.memory", "512m")
-        .config("spark.sql.shuffle.partitions", "2")
-        .config("spark.sql.warehouse.dir", str(scratch))
-        .config("spark.local.dir", str(scratch))
-        .config("spark.worker.resource.gpu.amount", "1")
-        .config("spark.worker.resource.gpu.discoveryScript", str(gpus))
-        .config("spark.executor.resource.gpu.amount", "1")
-        .config("spark.task.resource.gpu.amount", "0.1")
-        .getOrCreate()
-    )
-    session.sparkContext.setLogLevel("OFF")
-    yield session
-    session.stop()
+    with session_on("local-cluster[2,1,1024]", scratch, config) as session:
+        yield session
+    os.environ.pop("SPARK_LOCAL_HOSTNAME", None)
 
 
 @pytest.fixture(scope="module")
 def table():
-    """Questions about documents, shuffled, with columns of other types beside them."""
-    rng = np.random.default_rng(0)
-    docs = [f"document {i} " + " ".join(map(str, rng.integers(0, 999, 60))) for i in range(60)]
-    of = rng.zipf(1.4, NUM_ROWS) % 60
-    day = datetime.datetime(2024, 2, 29, 12, 30, tzinfo=datetime.UTC)
-    return pa.table(
-        {
-            "id": np.arange(NUM_ROWS),
-            "doc": [docs[i] for i in of],
-            "q": [None if i % 200 == 3 else f"question {i % 700}?" for i in range(NUM_ROWS)],
-            "when": pa.array([day] * NUM_ROWS, pa.timestamp("us", "UTC")),
-            "tags": pa.array([["a", None]] * NUM_ROWS, pa.list_(pa.string())),
-            "strange `name`": pa.array([{"x": 1.5}] * NUM_ROWS, pa.struct([("x", pa.float64())])),
-        }
-    )
+    return questions()
 
 
 @pytest.fixture(scope="module")
@@ -95,11 +59,6 @@ def files(spark, table, tmp_path_factory):
     for part in range(5):
         pq.write_table(table.slice(part * 1200, 1200), path / f"{part}.parquet")
     return spark.read.parquet(str(path))
-
-
-def alone(table, **params):
-    llm = LLM("fake")
-    return llm.generate(table, SamplingParams(**params), template=TEMPLATE), llm.metrics
 
 
 def test_answers_are_those_of_one_engine_in_order_and_loads_are_as_many_as_workers(files, table):
