@@ -64,8 +64,7 @@ class MixedBackend:
         counts = [counts_of(*step) for step in sample_steps(block_size=1)]
         decodes = np.array([each for each in counts if each[PAIRS_IN_CHUNKS] == 0])
         best = min(self._parts, key=lambda part: float(decodes.dot(part.costs.each).sum()))
-        backend = best.backend
-        return backend.graph_plan(max_num_tokens, rotation, reserve)
+        return best.backend.graph_plan(max_num_tokens, rotation, reserve)
 
     def on_share(self, share: float) -> SharingBackend:
         """See `SharingBackend`."""
