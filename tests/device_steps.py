@@ -172,8 +172,8 @@ class DenseBackend:
         return DensePlan(self, max_num_tokens, rotation, reserve)
 
 
-class LateQueue:
-    """A side queue that does what it was given as late as it may: when somebody waits for it."""
+class LateStream:
+    """A side stream that does what it was given as late as it may: when somebody waits for it."""
 
     def __init__(self):
         self.waiting = []
@@ -187,12 +187,12 @@ class LateQueue:
 
 
 class LateWork:
-    def __init__(self, queue, call):
-        self._queue, self._call = queue, call
+    def __init__(self, stream, call):
+        self._stream, self._call = stream, call
 
     def join(self):
         while True:
-            first = self._queue.waiting.pop(0)
+            first = self._stream.waiting.pop(0)
             result = first._call()
             if first is self:
                 return result

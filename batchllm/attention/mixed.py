@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from batchllm.attention.backend import (
@@ -17,13 +16,7 @@ from batchllm.attention.backend import (
 )
 from batchllm.attention.cuda import make_cuda
 from batchllm.attention.flashinfer import make_flashinfer
-from batchllm.attention.step_costs import (
-    PAIRS_IN_CHUNKS,
-    StepCosts,
-    counts_of,
-    measure_step_costs,
-    sample_steps,
-)
+from batchllm.attention.step_costs import StepCosts, measure_step_costs, sample_decodes
 from batchllm.attention.timing import Sizes, gpu_seconds, time_step
 from batchllm.models.rope import Rotation
 from batchllm.runner.model_input import AttentionItems, ModelInput
@@ -55,15 +48,14 @@ class MixedBackend:
 
     def plan(self, step: ModelInput, rotation: Rotation, put: Put = torch.from_numpy) -> LayerPlan:
         """See `AttentionBackend`."""
-        counts = counts_of(step.items, len(step.token_ids))
-        best = min(self._parts, key=lambda part: float(part.costs.each.dot(counts)))
+        num_tokens = len(step.token_ids)
+        best = min(self._parts, key=lambda part: part.costs.seconds(step.items, num_tokens))
         return best.backend.plan(step, rotation, put)
 
     def graph_plan(self, max_num_tokens: int, rotation: Rotation, reserve: Reserve) -> GraphPlan:
         """See `GraphBackend`."""
-        counts = [counts_of(*step) for step in sample_steps(block_size=1)]
-        decodes = np.array([each for each in counts if each[PAIRS_IN_CHUNKS] == 0])
-        best = min(self._parts, key=lambda part: float(decodes.dot(part.costs.each).sum()))
+        decodes = sample_decodes(block_size=1)
+        best = min(self._parts, key=lambda part: sum(part.costs.seconds(*s) for s in decodes))
         return best.backend.graph_plan(max_num_tokens, rotation, reserve)
 
     def on_share(self, share: float) -> SharingBackend:

@@ -11,7 +11,6 @@ from batchllm.least_squares import least_squares
 from batchllm.runner.model_input import AttentionItems
 
 Floats = NDArray[np.float64]
-PAIRS_IN_CHUNKS = 2  # its place among the counts
 TimeItems = Callable[[AttentionItems, int], float]
 """(items, queries) to the seconds that a layer's attention takes."""
 
@@ -52,12 +51,19 @@ def measure_step_costs(time_items: TimeItems, block_size: int) -> StepCosts:
 
 def sample_steps(block_size: int) -> list[tuple[AttentionItems, int]]:
     """Steps of every kind, and their numbers of queries."""
-    lone_steps = [
-        *((256, 1, 64), (1024, 1, 128), (64, 1, 2048)),
-        *((64, 64, 64), (4, 1024, 1024), (2, 512, 4096), (1, 2048, 8192)),
+    chunks = [(64, 64, 64), (4, 1024, 1024), (2, 512, 4096), (1, 2048, 8192)]
+    return [
+        *sample_decodes(block_size),
+        *((lone(*sizes, block_size), sizes[0] * sizes[1]) for sizes in chunks),
+        (grouped(8, 16, 32, 1024, block_size), 8 * 16 * 32),
     ]
-    grouped_steps = [(8, 4, 1, 256), (16, 16, 1, 2048), (64, 16, 1, 512), (8, 16, 32, 1024)]
-    steps = [(lone(*sizes, block_size), sizes[0] * sizes[1]) for sizes in lone_steps]
-    return steps + [
-        (grouped(*sizes, block_size), sizes[0] * sizes[1] * sizes[2]) for sizes in grouped_steps
+
+
+def sample_decodes(block_size: int) -> list[tuple[AttentionItems, int]]:
+    """Those of decodes alone, with segments in common and without."""
+    alone = [(256, 64), (1024, 128), (64, 2048)]
+    groups = [(8, 4, 256), (16, 16, 2048), (64, 16, 512)]
+    return [
+        *((lone(count, 1, keys, block_size), count) for count, keys in alone),
+        *((grouped(n, members, 1, keys, block_size), n * members) for n, members, keys in groups),
     ]

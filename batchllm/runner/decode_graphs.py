@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from batchllm.attention.backend import GraphBackend, GraphPlan, Reserve
 from batchllm.models.registry import Model
 from batchllm.models.rope import Rotation
-from batchllm.runner.device import Device, SideQueue
-from batchllm.runner.forward import PlannedStep, run_halves, run_layers
+from batchllm.runner.device import Device, SideStream
+from batchllm.runner.forward import PlannedStep, run_layers, run_nano_batches
 from batchllm.runner.graphs import Recorder, Replay
 from batchllm.runner.kv_cache import KVCache
 from batchllm.runner.model_input import ModelInput, build_model_input
@@ -43,8 +43,8 @@ Finish = Callable[[torch.Tensor], None]
 class DecodeGraphs:
     """Runs decode-only batches of up to `max_num_rows` rows from recordings.
 
-    Those that it cannot run, or not yet, it leaves to the caller. With a `queue` for attention they
-    run in halves, see `run_halves`.
+    Those that it cannot run, or not yet, it leaves to the caller. With a `stream` for attention
+    they run in nano-batches, see `run_nano_batches`.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class DecodeGraphs:
         *,
         block_size: int,
         max_num_rows: int,
-        queue: SideQueue | None = None,
+        stream: SideStream | None = None,
     ) -> None:
         self._model = model
         self._cache = cache
@@ -72,7 +72,7 @@ class DecodeGraphs:
         self._token_ids = self._inputs.reserve(max_num_rows, np.int32)
         self._sources = self._inputs.reserve(max_num_rows, np.int64)
         self._positions = self._inputs.reserve(max_num_rows, np.int64)
-        self._queue = queue
+        self._stream = stream
         self._rows = torch.arange(max_num_rows, device=device.torch_device)
         shape = (max_num_rows, model.config.hidden_size)
         self._hidden = torch.empty(shape, dtype=model.dtype, device=device.torch_device)
@@ -138,14 +138,14 @@ class DecodeGraphs:
         return True
 
     def _part_sizes(self, num_rows: int) -> list[int]:
-        if self._queue is None:
+        if self._stream is None:
             return [num_rows]
         return [num_rows // 2, num_rows - num_rows // 2]
 
     def _update_plans(self, batch: Batch, step: ModelInput) -> bool:
         """Tell the plans about a batch; False where it does not fit them."""
         steps = [step]
-        if self._queue is not None:
+        if self._stream is not None:
             halves = split_rows(batch, len(batch.chunks) // 2)
             steps = [build_model_input(half.batch, self._block_size) for half in halves]
         return all(part.plan.update(s) for part, s in zip(self._parts, steps, strict=True))
@@ -161,10 +161,10 @@ class DecodeGraphs:
         ):
             self._model.rotary.fill(part.rotation.first(len(ids)), at)
             steps.append(PlannedStep(part.plan, ids, self._rows[: len(ids)]))
-        if self._queue is None:
+        if self._stream is None:
             finish(run_layers(self._model, self._cache, steps[0]))
         else:
-            finish(run_halves(self._model, self._cache, steps, self._queue))
+            finish(run_nano_batches(self._model, self._cache, steps, self._stream))
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,15 +24,15 @@ class Event(Protocol):
 
 
 class Started(Protocol):
-    """Work that was given to a side queue."""
+    """Work that was given to a side stream."""
 
     def join(self) -> torch.Tensor:
         """Its result, for what the device is given from here on, which waits for it."""
         ...
 
 
-class SideQueue(Protocol):
-    """A second order of work, beside the one that all else goes by."""
+class SideStream(Protocol):
+    """A second stream of work, beside the one that all else is in."""
 
     def start(self, call: Callable[[], torch.Tensor]) -> Started:
         """Let the device do what a call gives it, behind all that it was given so far.
@@ -56,8 +56,8 @@ class Device(Protocol):
         """A new event."""
         ...
 
-    def side_queue(self) -> SideQueue:
-        """A queue beside the main one."""
+    def side_stream(self) -> SideStream:
+        """A stream beside the main one."""
         ...
 
     def synchronize(self) -> None:
@@ -87,7 +87,7 @@ class CpuDevice:
     def event(self) -> Event:
         return _Past()
 
-    def side_queue(self) -> SideQueue:
+    def side_stream(self) -> SideStream:
         return _AtOnce()
 
     def synchronize(self) -> None:
@@ -129,8 +129,8 @@ class CudaDevice:
     def event(self) -> Event:
         return torch.cuda.Event()  # type: ignore[no-untyped-call]
 
-    def side_queue(self) -> SideQueue:
-        return _SideStream()
+    def side_stream(self) -> SideStream:
+        return _CudaSideStream()
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.torch_device)
@@ -159,7 +159,7 @@ class _Past:
 
 
 class _AtOnce:
-    """A side queue where everything is done at once."""
+    """A side stream where everything is done at once."""
 
     def start(self, call: Callable[[], torch.Tensor]) -> Started:
         return _Done(call())
@@ -173,7 +173,7 @@ class _Done:
         return self._result
 
 
-class _SideStream:
+class _CudaSideStream:
     """A CUDA stream whose kernels go first: they are few, and the others fill what they leave."""
 
     def __init__(self) -> None:

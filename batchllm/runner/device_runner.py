@@ -14,13 +14,13 @@ from batchllm.attention.backend import AttentionBackend, GraphBackend, LayerPlan
 from batchllm.models.operations import Operations
 from batchllm.models.registry import Model
 from batchllm.models.rope import Rotation
-from batchllm.runner.beside import Beside, rows_in_order
 from batchllm.runner.decode_graphs import DecodeGraphs
-from batchllm.runner.device import Device, SideQueue
-from batchllm.runner.forward import PlannedStep, run_halves, run_layers
+from batchllm.runner.device import Device, SideStream
+from batchllm.runner.forward import PlannedStep, run_layers, run_nano_batches
 from batchllm.runner.graphs import Recorder
 from batchllm.runner.kv_cache import KVCache
 from batchllm.runner.model_input import build_model_input
+from batchllm.runner.nano_batches import NanoBatching, rows_in_order
 from batchllm.runner.staging import Stager
 from batchllm.runner.token_feed import TokenFeed
 from batchllm.sampling.sampler import Draw, Draws, draw_all_sorted, put_draws, sample_on_device
@@ -60,7 +60,7 @@ class _Given:
 class DeviceRunner:
     """Runs steps on a device, those of decodes alone from recordings where a recorder is given.
 
-    Where something is to run `beside`, those that it pays for go in halves.
+    With `nano_batching`, those that it pays for go in nano-batches.
 
     The last block of the cache is the runner's own, see `DecodeGraphs`.
     """
@@ -77,7 +77,7 @@ class DeviceRunner:
         max_num_seqs: int,
         recorder: Recorder | None = None,
         draw: Draw = draw_all_sorted,
-        beside: Beside | None = None,
+        nano_batching: NanoBatching | None = None,
     ) -> None:
         self._model = model
         self._draw = draw
@@ -88,12 +88,12 @@ class DeviceRunner:
         self._block_size = block_size
         self._stager = Stager(device)
         self._feed = TokenFeed(max_num_seqs, device.torch_device)
-        self._beside = beside
+        self._nano_batching = nano_batching
         self._graphs = self._make_graphs(recorder, backend, max_num_seqs, None)
-        self._graphs_beside: DecodeGraphs | None = None
-        if beside is not None:
-            self._graphs_beside = self._make_graphs(
-                recorder, beside.backend, max_num_seqs, beside.queue
+        self._nano_graphs: DecodeGraphs | None = None
+        if nano_batching is not None:
+            self._nano_graphs = self._make_graphs(
+                recorder, nano_batching.backend, max_num_seqs, nano_batching.stream
             )
 
     @property
@@ -109,13 +109,13 @@ class DeviceRunner:
     def submit(self, batch: Batch) -> PendingTokens:
         """Give the device one step to do, behind those it has."""
         draws = self._put_draws(batch.samples)
-        beside = self._beside
-        if beside is not None and (batch.num_tokens < 2 or not beside.pays(batch)):
-            beside = None
+        nano_batching = self._nano_batching
+        if nano_batching is not None and (batch.num_tokens < 2 or not nano_batching.pays(batch)):
+            nano_batching = None
         if any(draws):
-            tokens = self._draw_tokens(batch, draws, beside)
+            tokens = self._draw_tokens(batch, draws, nano_batching)
         else:
-            tokens = self._greedy_tokens(batch, beside)
+            tokens = self._greedy_tokens(batch, nano_batching)
         tokens = tokens[: len(batch.samples)]
         self._feed.keep(tokens)
         return PendingTokens(tokens, self._device)
@@ -123,7 +123,7 @@ class DeviceRunner:
     def resize(self, num_blocks: int) -> int:
         """Go on with `num_blocks` of KV, or as many as there are; all that is held is lost."""
         self._device.synchronize()
-        for graphs in (self._graphs, self._graphs_beside):
+        for graphs in (self._graphs, self._nano_graphs):
             if graphs is not None:
                 graphs.forget()
         self._device.free_memory()  # what was kept for steps may be what is missing
@@ -134,38 +134,40 @@ class DeviceRunner:
 
     def run_whole(self) -> None:
         """Run no more steps in halves."""
-        self._beside = self._graphs_beside = None
+        self._nano_batching = self._nano_graphs = None
 
-    def _greedy_tokens(self, batch: Batch, beside: Beside | None) -> torch.Tensor:
-        graphs = self._graphs if beside is None else self._graphs_beside
+    def _greedy_tokens(self, batch: Batch, nano_batching: NanoBatching | None) -> torch.Tensor:
+        graphs = self._graphs if nano_batching is None else self._nano_graphs
         tokens = None if graphs is None else graphs.greedy_tokens(batch)
-        return self._sample_greedily(self._layers(batch, beside)) if tokens is None else tokens
+        return (
+            self._sample_greedily(self._layers(batch, nano_batching)) if tokens is None else tokens
+        )
 
     def _draw_tokens(
-        self, batch: Batch, draws: list[list[Draws]], beside: Beside | None
+        self, batch: Batch, draws: list[list[Draws]], nano_batching: NanoBatching | None
     ) -> torch.Tensor:
-        graphs = self._graphs if beside is None else self._graphs_beside
+        graphs = self._graphs if nano_batching is None else self._nano_graphs
         hidden = None if graphs is None else graphs.hidden(batch)
         if hidden is None:
-            return self._sample(self._layers(batch, beside), draws)
+            return self._sample(self._layers(batch, nano_batching), draws)
         self._stager.send()
         return self._sample(hidden, draws)
 
-    def _layers(self, batch: Batch, beside: Beside | None) -> torch.Tensor:
+    def _layers(self, batch: Batch, nano_batching: NanoBatching | None) -> torch.Tensor:
         """Send all that was put, and run the layers: [num_samples (at least 1), hidden_size]."""
-        if beside is not None:
-            return self._layers_beside(batch, beside)
+        if nano_batching is not None:
+            return self._layers_of_nano_batches(batch, nano_batching)
         given = self._put(batch, self._backend)
         self._stager.send()
         return run_layers(self._model, self._cache, self._ready(given))
 
-    def _layers_beside(self, batch: Batch, beside: Beside) -> torch.Tensor:
+    def _layers_of_nano_batches(self, batch: Batch, nano_batching: NanoBatching) -> torch.Tensor:
         halves = split_batch(batch)
-        given = [self._put(half.batch, beside.backend) for half in halves]
+        given = [self._put(half.batch, nano_batching.backend) for half in halves]
         rows = self._stager.put(rows_in_order(halves))
         self._stager.send()
         steps = [self._ready(half) for half in given]
-        return run_halves(self._model, self._cache, steps, beside.queue)[rows]
+        return run_nano_batches(self._model, self._cache, steps, nano_batching.stream)[rows]
 
     def _put(self, batch: Batch, backend: AttentionBackend) -> _Given:
         step, put = build_model_input(batch, self._block_size), self._stager.put
@@ -193,7 +195,7 @@ class DeviceRunner:
         recorder: Recorder | None,
         backend: AttentionBackend,
         max_num_rows: int,
-        queue: SideQueue | None,
+        stream: SideStream | None,
     ) -> DecodeGraphs | None:
         if recorder is None or not isinstance(backend, GraphBackend):
             return None
@@ -207,7 +209,7 @@ class DeviceRunner:
             self._sample_greedily,
             block_size=self._block_size,
             max_num_rows=max_num_rows,
-            queue=queue,
+            stream=stream,
         )
 
     def _put_draws(self, samples: Samples) -> list[list[Draws]]:

@@ -8,7 +8,7 @@ import torch
 
 from batchllm.attention.backend import LayerPlan
 from batchllm.models.registry import Model
-from batchllm.runner.device import SideQueue, Started
+from batchllm.runner.device import SideStream, Started
 from batchllm.runner.kv_cache import KVCache
 
 
@@ -30,12 +30,12 @@ def run_layers(model: Model, cache: KVCache, step: PlannedStep) -> torch.Tensor:
     return model.forward(step.token_ids, attend, step.sample_rows)
 
 
-def run_halves(
-    model: Model, cache: KVCache, halves: Sequence[PlannedStep], queue: SideQueue
+def run_nano_batches(
+    model: Model, cache: KVCache, halves: Sequence[PlannedStep], stream: SideStream
 ) -> torch.Tensor:
     """Hidden states of the tokens to sample, one half's behind the other's.
 
-    Attention goes to a queue of its own, in the order of the halves, so that each half's runs
+    Attention goes to a stream of its own, in the order of the halves, so that each half's runs
     beside the next products of the other (NanoFlow, arXiv 2408.12757). A half may read what those
     before it write.
     """
@@ -52,5 +52,5 @@ def run_halves(
                 hidden.append(end.value)
                 continue
             attend = partial(half.plan.run, qkv, cache.keys[index], cache.values[index])
-            started[which] = queue.start(attend)
+            started[which] = stream.start(attend)
     return torch.cat(hidden)

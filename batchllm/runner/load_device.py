@@ -24,7 +24,6 @@ from batchllm.models.device_operations import DeviceOperations
 from batchllm.models.flashinfer_operations import FlashInferOperations
 from batchllm.models.operations import Operations
 from batchllm.models.parallel import WHOLE, Shard
-from batchllm.runner.beside import Beside, is_faster_beside
 from batchllm.runner.clock import Clock
 from batchllm.runner.device import CudaDevice, Device
 from batchllm.runner.device_runner import DeviceRunner
@@ -34,6 +33,7 @@ from batchllm.runner.graphs import CudaGraphs, Recorder
 from batchllm.runner.kv_cache import KVCache, cache_dtype, kv_bytes_per_token, memory_of
 from batchllm.runner.load_model import load_model
 from batchllm.runner.loaded import LoadedRunner, usable_blocks
+from batchllm.runner.nano_batches import NanoBatching, nano_batches_are_faster
 from batchllm.runner.threads import Threads
 from batchllm.runner.timed import TimedBackend, TimedOperations
 from batchllm.sampling.flashinfer_draw import FlashInferDraw
@@ -106,7 +106,7 @@ def load_on_device(
         overlap = _overlap(backend, Sizes(_heads(shape), config.block_size, kv_dtype), device)
     machine = this_machine(gpu=str(device)).with_overlap(overlap)
     costs = CostModel(machine, shape_of(shape, name, kv_bytes))
-    beside = _beside(backend, device, costs)
+    nano_batching = _nano_batching(backend, device, costs)
     steps = FullestSteps.of(limits, max_model_len, config.block_size)
     cache = KVCache(
         num_layers=shape.num_layers,
@@ -127,9 +127,9 @@ def load_on_device(
         max_num_seqs=limits.max_num_seqs,
         recorder=recorder,
         draw=draw,
-        beside=beside,
+        nano_batching=nano_batching,
     )
-    recordings = isinstance(backend, GraphBackend) + (beside is not None)
+    recordings = isinstance(backend, GraphBackend) + (nano_batching is not None)
     needed = _bytes_for_steps(runner, steps, device, recordings)
     block_bytes = config.block_size * kv_bytes
     runner.resize(0)  # what they were tried with is room for KV, too
@@ -140,10 +140,15 @@ def load_on_device(
     )
     wanted = shard.least(wanted)
     runner.resize(wanted)
-    if beside is not None and is_faster_beside(
-        runner.submit, beside, device, limits.max_num_seqs, runner.num_blocks, config.block_size
+    if nano_batching is not None and nano_batches_are_faster(
+        runner.submit,
+        nano_batching,
+        device,
+        limits.max_num_seqs,
+        runner.num_blocks,
+        config.block_size,
     ):
-        beside.pays = partial(_pays, costs)
+        nano_batching.pays = partial(_pays, costs)
     else:
         runner.run_whole()
         overlap = None
@@ -188,12 +193,14 @@ def _overlap(backend: AttentionBackend, sizes: Sizes, device: Device) -> tuple[f
     return measure_share(backend, sizes, device.torch_device, gpu_seconds)
 
 
-def _beside(backend: AttentionBackend, device: Device, costs: CostModel) -> Beside | None:
-    """What attends beside products, if the backend can; not yet, as it pays for nothing."""
+def _nano_batching(
+    backend: AttentionBackend, device: Device, costs: CostModel
+) -> NanoBatching | None:
+    """What runs nano-batches, if the backend can share the device; it pays for nothing yet."""
     if not isinstance(backend, SharingBackend) or not costs.overlaps:
         return None
     half = backend.on_share(costs.machine.overlap_share)
-    return Beside(half, device.side_queue(), lambda batch: False)
+    return NanoBatching(half, device.side_stream(), lambda batch: False)
 
 
 def _pays(costs: CostModel, batch: Batch) -> bool:

@@ -1,4 +1,4 @@
-"""A batch in halves that can be computed side by side."""
+"""A batch in two nano-batches (NanoFlow, arXiv 2408.12757), to be computed side by side."""
 
 from dataclasses import dataclass, replace
 
@@ -11,14 +11,14 @@ Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
-class Half:
+class NanoBatch:
     """Some of a batch's work, as a batch of its own; `sample` are its samples in the whole one."""
 
     batch: Batch
     sample: Ints
 
 
-def split_batch(batch: Batch) -> tuple[Half, Half]:
+def split_batch(batch: Batch) -> tuple[NanoBatch, NanoBatch]:
     """Halve a batch of two tokens or more, decodes and prompts each.
 
     In every layer the first half must write its KV before the second reads any: it may need it. The
@@ -27,7 +27,7 @@ def split_batch(batch: Batch) -> tuple[Half, Half]:
     return _split(batch, first_half(batch))
 
 
-def split_rows(batch: Batch, first: int) -> tuple[Half, Half]:
+def split_rows(batch: Batch, first: int) -> tuple[NanoBatch, NanoBatch]:
     """The first chunks of a batch in which none needs another, and the rest; neither is empty."""
     count = batch.chunks.count
     return _split(batch, np.where(np.arange(len(count)) < first, count, 0))
@@ -81,11 +81,11 @@ def _middle(batch: Batch, decode: NDArray[np.bool_], taken: Ints) -> Ints:
     return first
 
 
-def _split(batch: Batch, taken: Ints) -> tuple[Half, Half]:
+def _split(batch: Batch, taken: Ints) -> tuple[NanoBatch, NanoBatch]:
     return _part(batch, taken * 0, taken), _part(batch, taken, batch.chunks.count)
 
 
-def _part(batch: Batch, begin: Ints, end: Ints) -> Half:
+def _part(batch: Batch, begin: Ints, end: Ints) -> NanoBatch:
     """Tokens [begin, end) of each chunk; both [num_chunks]."""
     chunks, shared, samples, tables = batch.chunks, batch.shared, batch.samples, batch.tables
     here = (end > begin).nonzero()[0]
@@ -114,7 +114,7 @@ def _part(batch: Batch, begin: Ints, end: Ints) -> Half:
         num_steps=batch.num_steps,
         carried=Carried(place[is_here], carried.sample[is_here]),
     )
-    return Half(part, where)
+    return NanoBatch(part, where)
 
 
 def _positions(begin: Ints, count: Ints) -> Ints:

@@ -28,10 +28,10 @@ from batchllm.models.device_operations import DeviceOperations
 from batchllm.models.locate import installed
 from batchllm.models.operations import TorchOperations
 from batchllm.runner import decode_graphs, load_device
-from batchllm.runner.beside import Beside
 from batchllm.runner.device import CudaDevice
 from batchllm.runner.device_runner import DeviceRunner
 from batchllm.runner.graphs import CudaGraphs
+from batchllm.runner.nano_batches import NanoBatching
 
 PROMPTS = [f"the same beginning, number {i % 7} {'x' * (i % 5)}" for i in range(30)]
 pytestmark = pytest.mark.gpu
@@ -88,7 +88,7 @@ class Recorder(CudaGraphs):
 
 def device_runner(recorder, *, in_halves=False):
     device = CudaDevice()
-    beside = Beside(DenseBackend(), device.side_queue(), lambda batch: in_halves)
+    nano_batching = NanoBatching(DenseBackend(), device.side_stream(), lambda batch: in_halves)
     model = tiny_model(DeviceOperations(), device.torch_device)
     return DeviceRunner(
         model,
@@ -99,7 +99,7 @@ def device_runner(recorder, *, in_halves=False):
         block_size=BLOCK_SIZE,
         max_num_seqs=MAX_NUM_SEQS,
         recorder=recorder,
-        beside=beside,
+        nano_batching=nano_batching,
     )
 
 
@@ -241,7 +241,7 @@ def test_the_pool_takes_what_is_free(tmp_path):
 def test_the_default_model_is_greedy(default_model, needs_kernels, in_halves, monkeypatch):
     pytest.importorskip("transformers")
     if in_halves:
-        monkeypatch.setattr(load_device, "is_faster_beside", lambda *args: True)
+        monkeypatch.setattr(load_device, "are_faster", lambda *args: True)
         monkeypatch.setattr(load_device, "_pays", lambda costs, batch: batch.num_tokens > 1)
     oracle, truth = (load_gguf_model(default_model, k) for k in (torch.bfloat16, torch.float32))
     llm = LLM(default_model, device="cuda", attention_backend="cuda", kv_memory=1 << 30)

@@ -35,10 +35,10 @@ done
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="no objdump (binutils)")
 @pytest.mark.parametrize("target", UNKNOWN)
 def test_no_instruction_is_beyond_the_processor(target: str) -> None:
-    paths = list(Path(kernels.__file__).parent.glob(f"_{target}.*.so"))
-    if not paths:
-        pytest.skip("not compiled here")
-    command = ["objdump", "--disassemble", "--no-show-raw-insn", str(paths[0])]
+    built = {path.name.split(".")[0]: path for path in Path(kernels.__file__).parent.glob("*.so")}
+    if not built and shutil.which("g++") is None:
+        pytest.skip("no compiler, so no kernels")
+    command = ["objdump", "--disassemble", "--no-show-raw-insn", str(built[f"_{target}"])]
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     lines = listing.splitlines()
     assert len(lines) > 1000

@@ -12,7 +12,7 @@ from device_steps import (
     POISON,
     Both,
     DenseBackend,
-    LateQueue,
+    LateStream,
     NoWaiting,
     TapeRecorder,
     cache_of,
@@ -25,10 +25,10 @@ from hypothesis import strategies as st
 from batchllm.models.device_operations import DeviceOperations
 from batchllm.models.operations import TorchOperations
 from batchllm.runner import decode_graphs
-from batchllm.runner.beside import Beside
 from batchllm.runner.decode_graphs import row_sizes
 from batchllm.runner.device import CpuDevice
 from batchllm.runner.device_runner import DeviceRunner
+from batchllm.runner.nano_batches import NanoBatching
 from batchllm.runner.token_feed import TokenFeed
 from batchllm.scheduler.batch import NO_TOKEN, Carried
 
@@ -62,7 +62,7 @@ def device_model():
     return tiny_model(DeviceOperations())
 
 
-def device_runner(model, backend, recorder=None, beside=None):
+def device_runner(model, backend, recorder=None, nano_batching=None):
     return DeviceRunner(
         model,
         cache_of(model, NUM_BLOCKS + 1),
@@ -72,12 +72,12 @@ def device_runner(model, backend, recorder=None, beside=None):
         block_size=BLOCK_SIZE,
         max_num_seqs=MAX_NUM_SEQS,
         recorder=recorder,
-        beside=beside,
+        nano_batching=nano_batching,
     )
 
 
-def in_halves(queue, pays=lambda batch: True):
-    return Beside(DenseBackend(), queue, pays)
+def in_halves(stream, pays=lambda batch: True):
+    return NanoBatching(DenseBackend(), stream, pays)
 
 
 @given(ROWS, st.integers(1, 50))
@@ -92,38 +92,38 @@ def test_it_samples_what_the_cpu_runner_does(model, device_model, rows, budget):
 @example([([0, 1, 0], 3, 0), ([0, POISON], 3, 1), ([0, POISON], 3, 0)], 30, True)
 @settings(max_examples=10)
 def test_halves_sample_the_same_however_late_attention_is(model, device_model, rows, budget, late):
-    queue = LateQueue() if late else CpuDevice().side_queue()
-    runner = device_runner(device_model, DenseBackend(), beside=in_halves(queue))
+    stream = LateStream() if late else CpuDevice().side_stream()
+    runner = device_runner(device_model, DenseBackend(), nano_batching=in_halves(stream))
     assert Both(model, runner).run(requests(rows), budget).steps > 0
     if late:
-        assert queue.waiting == [] and queue.starts % 4 == 0 and queue.most_waiting <= 2
+        assert stream.waiting == [] and stream.starts % 4 == 0 and stream.most_waiting <= 2
 
 
 def test_steps_are_run_in_halves_where_it_pays(model, device_model, monkeypatch):
     monkeypatch.setattr(decode_graphs, "_RUNS_BEFORE", 1)
     rows = [([i % 3, 1, 0] * (1 + i % 4), 9 + i, i % 4) for i in range(12)]
-    queue, recorder = LateQueue(), TapeRecorder()
+    stream, recorder = LateStream(), TapeRecorder()
     asked = []
 
     def pays(batch):
         asked.append(batch.num_tokens)
         return len(asked) % 3 != 0
 
-    whole, beside = DenseBackend(), in_halves(queue, pays)
-    both = Both(model, device_runner(device_model, whole, recorder, beside))
+    whole, nano_batching = DenseBackend(), in_halves(stream, pays)
+    both = Both(model, device_runner(device_model, whole, recorder, nano_batching))
     for _ in range(2):
         both.run(requests(rows))
     assert len(asked) > 20 and min(asked) > 1
     # Recorded, both ways; what is replayed starts nothing anew.
-    assert whole.updates > 3 and beside.backend.updates > 6
+    assert whole.updates > 3 and nano_batching.backend.updates > 6
     assert recorder.replays > 6
-    by_hand = queue.starts / (2 * 2)  # of the halves and the layers
+    by_hand = stream.starts / (2 * 2)  # of the halves and the layers
     assert 3 < by_hand < sum(i % 3 != 2 for i in range(len(asked)))
-    assert queue.most_waiting == 2, "attention of one half waits while the other goes on"
+    assert stream.most_waiting == 2, "attention of one half waits while the other goes on"
     both.runner.run_whole()
-    starts = queue.starts
+    starts = stream.starts
     both.run(requests(rows))
-    assert queue.starts == starts
+    assert stream.starts == starts
 
 
 @pytest.mark.parametrize("kind", ["greedy", "drawn", "mixed"])

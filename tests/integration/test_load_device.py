@@ -3,7 +3,7 @@
 import pytest
 import torch
 from builders import tiny_config, write_safetensors_model
-from device_steps import DenseBackend, LateQueue, TapeRecorder
+from device_steps import DenseBackend, LateStream, TapeRecorder
 
 from batchllm import LLM, SamplingParams
 from batchllm.config import EngineConfig, StepLimits
@@ -11,13 +11,13 @@ from batchllm.errors import UsageError
 from batchllm.models.device_operations import DeviceOperations
 from batchllm.models.operations import TorchOperations
 from batchllm.runner import decode_graphs, load_device
-from batchllm.runner.beside import Beside, is_faster_beside
 from batchllm.runner.clock import Clock
 from batchllm.runner.device import CpuDevice
 from batchllm.runner.device_runner import DeviceRunner
 from batchllm.runner.fullest_steps import FullestSteps
 from batchllm.runner.load_device import load_on_device
 from batchllm.runner.model_input import build_model_input
+from batchllm.runner.nano_batches import NanoBatching, nano_batches_are_faster
 from batchllm.sampling.sampler import draw_all_sorted
 
 PROMPTS = [f"the same beginning, number {i % 7} {'x' * (i % 5)}" for i in range(14)]
@@ -92,8 +92,8 @@ def test_answers_from_recordings_a_step_ahead(tiny_model, monkeypatch):
 @pytest.mark.parametrize("is_faster", [True, False])
 def test_halves_are_run_if_they_were_faster_when_tried(tiny_model, monkeypatch, is_faster):
     expected = LLM(tiny_model, kv_memory=1 << 20, **OPTIONS).generate(PROMPTS, PARAMS)
-    queue, made = LateQueue(), []
-    make = load_device._beside
+    stream, made = LateStream(), []
+    make = load_device._nano_batching
 
     def noted(backend, device, costs):
         made.append(make(backend, device, costs))
@@ -101,25 +101,25 @@ def test_halves_are_run_if_they_were_faster_when_tried(tiny_model, monkeypatch, 
             assert (costs.machine.overlap_share, costs.machine.overlap_speed) == (0.3, 0.7)
         return made[0]
 
-    def tried(submit, beside, device, max_num_seqs, num_blocks, block_size):
-        assert beside is made[0] and device.side_queue() is queue
-        assert queue.starts == 0, "memory is sized by whole steps, which take more"
+    def tried(submit, nano_batching, device, max_num_seqs, num_blocks, block_size):
+        assert nano_batching is made[0] and device.side_stream() is stream
+        assert stream.starts == 0, "memory is sized by whole steps, which take more"
         assert (max_num_seqs, block_size) == (OPTIONS["max_num_seqs"], OPTIONS["block_size"])
         assert num_blocks > 50
         return is_faster
 
     load_as_on_a_gpu(monkeypatch, TapeRecorder())
-    monkeypatch.setattr(CountingDevice, "side_queue", lambda self: queue)
+    monkeypatch.setattr(CountingDevice, "side_stream", lambda self: stream)
     monkeypatch.setattr(load_device, "make_backend", lambda *args, **options: DenseBackend())
     monkeypatch.setattr(load_device, "_GRAPHS_BYTES", 1000)
-    monkeypatch.setattr(load_device, "_beside", noted)
+    monkeypatch.setattr(load_device, "_nano_batching", noted)
     monkeypatch.setattr(load_device, "_pays", lambda costs, batch: True)
     monkeypatch.setattr(load_device, "measure_share", lambda *sizes: (0.3, 0.7))
-    monkeypatch.setattr(load_device, "is_faster_beside", tried)
+    monkeypatch.setattr(load_device, "nano_batches_are_faster", tried)
     llm = LLM(tiny_model, kv_memory=200_000, **OPTIONS)
     assert [o.text for o in llm.generate(PROMPTS, PARAMS)] == [o.text for o in expected]
     assert llm.loaded.overlap == ((0.3, 0.7) if is_faster else None)
-    assert is_faster == (queue.starts > 10)
+    assert is_faster == (stream.starts > 10)
     assert ("beside products" in llm.describe()) == is_faster
     assert (llm.machine.overlap_share > 0) == is_faster
     made.clear()
@@ -132,24 +132,26 @@ def test_halves_are_run_if_they_were_faster_when_tried(tiny_model, monkeypatch, 
 )
 def test_the_faster_way_is_found_by_trying(whole, halves, expected):
     now, steps = [0.0], []
-    beside = Beside(DenseBackend(), CpuDevice().side_queue(), lambda batch: "by cost")
+    nano_batching = NanoBatching(DenseBackend(), CpuDevice().side_stream(), lambda batch: "by cost")
 
     def submit(batch):
-        in_halves = beside.pays(batch)
+        in_halves = nano_batching.pays(batch)
         first = len(steps) == 0 or steps[-1][1] != in_halves
         steps.append((batch, in_halves))
         now[0] += 100 if first else halves if in_halves else whole
 
-    got = is_faster_beside(submit, beside, CpuDevice(), 7, 40, 4, clock=lambda: now[0])
+    got = nano_batches_are_faster(
+        submit, nano_batching, CpuDevice(), 7, 40, 4, clock=lambda: now[0]
+    )
     assert got == expected
-    assert beside.pays(None) == "by cost"
+    assert nano_batching.pays(None) == "by cost"
     (batch,) = {id(batch): batch for batch, _ in steps}.values()
     step = build_model_input(batch, 4)
     assert batch.is_decode_only and batch.num_tokens == 7
     assert step.items.kv_len.tolist() == [20] * 7  # of 40 blocks of 4, five each
     assert sorted(step.items.block_ids.tolist()) == list(range(35))
     assert set(step.slots.tolist()) == {20 * i + 19 for i in range(7)}
-    assert not is_faster_beside(submit, beside, CpuDevice(), 7, 1, 4)
+    assert not nano_batches_are_faster(submit, nano_batching, CpuDevice(), 7, 1, 4)
 
 
 def test_lack_of_memory_is_lived_with(on_device, tiny_model, monkeypatch):

@@ -1,4 +1,4 @@
-"""Steps in halves: attention of one beside the products of the other."""
+"""Steps in two nano-batches: attention of one beside the products of the other."""
 
 import time
 from collections.abc import Callable
@@ -9,14 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchllm.attention.backend import AttentionBackend
-from batchllm.runner.device import Device, SideQueue
+from batchllm.runner.device import Device, SideStream
 from batchllm.runner.fullest_steps import decodes_of
 from batchllm.scheduler.batch import Batch
-from batchllm.scheduler.split import Half
+from batchllm.scheduler.split import NanoBatch
 
 Ints = NDArray[np.int64]
 Pays = Callable[[Batch], bool]
-"""Whether a batch is faster in halves."""
+"""Whether a batch is faster in nano-batches."""
 
 _RUNS_FIRST = 20  # until its kernels are tuned and it is recorded
 _RUNS = 5
@@ -25,15 +25,15 @@ _LEAST_GAIN = 0.02
 
 
 @dataclass(slots=True)
-class Beside:
-    """What runs steps in halves, and which; `backend` attends on its share of the device."""
+class NanoBatching:
+    """What runs steps in nano-batches, and which; `backend` has its share of the device."""
 
     backend: AttentionBackend
-    queue: SideQueue
+    stream: SideStream
     pays: Pays
 
 
-def rows_in_order(halves: tuple[Half, Half]) -> Ints:
+def rows_in_order(halves: tuple[NanoBatch, NanoBatch]) -> Ints:
     """Where each of a step's samples is in the halves' hidden states, one half's behind the other.
 
     A half without samples has one row that nobody wants.
@@ -45,9 +45,9 @@ def rows_in_order(halves: tuple[Half, Half]) -> Ints:
     return rows
 
 
-def is_faster_beside(
+def nano_batches_are_faster(
     submit: Callable[[Batch], object],
-    beside: Beside,
+    nano_batching: NanoBatching,
     device: Device,
     max_num_seqs: int,
     num_blocks: int,
@@ -58,14 +58,14 @@ def is_faster_beside(
     step = decodes_of(max_num_seqs, num_blocks, block_size)
     if step is None:
         return False
-    before = beside.pays
+    before = nano_batching.pays
     seconds = {}
     for in_halves in (False, True):
-        beside.pays = partial(_always, in_halves)
+        nano_batching.pays = partial(_always, in_halves)
         for _ in range(_RUNS_FIRST):
             submit(step)
         seconds[in_halves] = min(_time(submit, step, device, clock) for _ in range(_TRIES))
-    beside.pays = before
+    nano_batching.pays = before
     return seconds[True] < seconds[False] * (1 - _LEAST_GAIN)
 
 
