@@ -1,14 +1,16 @@
 """Compiles the kernels: the CPU's once for each kind of processor, the GPU's where there is nvcc.
 
-Everything else about the package is in pyproject.toml. No headers but the compilers' own are used;
-OpenMP is not linked: at run time torch's is there (batchllm/native/kernels.py). What cannot be
-compiled is left out, and the tool works without, slower.
+And the simulator, once for all. Everything else about the package is in pyproject.toml. No headers
+but the compilers' own are used; OpenMP is not linked: at run time torch's is there
+(batchllm/native/kernels.py). What cannot be compiled is left out, and the tool works without,
+slower.
 """
 
 import copy
 import platform
 import subprocess
 import sys
+from glob import glob
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -28,9 +30,12 @@ SOURCES = [f"batchllm/native/src/{name}.cpp" for name in ("attention", "elementw
 HEADERS = [source.replace(".cpp", ".h") for source in SOURCES]
 HEADERS += [f"batchllm/native/src/{name}.h" for name in ("ahead", "products", "simd")]
 DEPENDS = [*HEADERS, "setup.py"]  # the flags are here
+SIMULATOR = "batchllm/native/src/simulator"
 # The warnings are about GCC's own intrinsics.
 QUIET = ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fopenmp", "-fno-math-errno", *QUIET]
+# Every sum is rounded as numpy rounds it.
+SIMULATOR_FLAGS = ["-std=c++17", "-O3", "-g0", "-ffp-contract=off"]
 
 CUDA = Path(__file__).resolve().parent / "cuda"
 sys.path.insert(0, str(CUDA))
@@ -76,6 +81,16 @@ extensions = [
     )
     for target, flags in TARGETS.items()
 ]
+extensions.append(
+    Extension(
+        "batchllm.native._simulator",
+        [f"{SIMULATOR}/simulate.cpp"],
+        depends=[*sorted(glob(f"{SIMULATOR}/*.h")), "setup.py"],
+        language="c++",
+        extra_compile_args=SIMULATOR_FLAGS,
+        optional=True,
+    )
+)
 if cuda.find_nvcc():
     depends = [str(path.relative_to(CUDA.parent)) for path in cuda.HEADERS]
     depends += ["setup.py", "cuda/cuda_build.py"]

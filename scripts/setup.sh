@@ -71,8 +71,9 @@ ensure_java() {
 python=$(find_python)
 mark="$venv/.batchllm-$kind"
 # What was installed is told by what asks for it: a change there installs again.
-wanted=$({ cat pyproject.toml setup.py constraints.txt batchllm/native/src/* cuda/*.py cuda/csrc/* \
-    cuda/include/batchllm/*; command -v nvcc || true; } | sha256sum)
+wanted=$({ cat pyproject.toml setup.py constraints.txt batchllm/native/src/*.* \
+    batchllm/native/src/simulator/* cuda/*.py cuda/csrc/* cuda/include/batchllm/*
+    command -v nvcc || true; } | sha256sum)
 if [ -f "$mark" ] && [ "$(cat "$mark")" = "$wanted" ]; then exit 0; fi
 
 if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then  # none, or not made to the end

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from batchllm.errors import UsageError
-from batchllm.native.kernels import cuda_library_path
+from batchllm.native.kernels import library_path
 
 # `KvType` of cuda/include/batchllm/step.h, by the dtype that a cache has.
 KV_TYPES = {torch.bfloat16: 0, torch.float8_e4m3fn: 1, torch.int8: 2}
@@ -94,7 +94,7 @@ def load_cuda_library() -> CudaLibrary:
     Raises:
         UsageError: they were not, or do not load, or there is no GPU.
     """
-    path = cuda_library_path()
+    path = library_path("cuda")
     if path is None:
         raise UsageError(
             "the cuda attention kernels were not compiled when batchllm was installed; install "

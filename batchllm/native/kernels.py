@@ -59,7 +59,7 @@ class NativeKernels:
 def usable_targets(cpuinfo: Path = _CPUINFO, home: Path = _HERE) -> list[str]:
     """The kinds of processor that the kernels are compiled for and this one is, best first."""
     flags = _flags(cpuinfo)
-    return [name for name, needed in _NEEDS.items() if needed <= flags and _path(name, home)]
+    return [name for name, needed in _NEEDS.items() if needed <= flags and library_path(name, home)]
 
 
 def has_tiles(cpuinfo: Path = _CPUINFO) -> bool:
@@ -77,7 +77,7 @@ def load_kernels(target: str | None = None) -> NativeKernels | None:
     import torch  # noqa: F401  (its OpenMP must be there first)
 
     for name in usable_targets():
-        path = _path(name, _HERE)
+        path = library_path(name)
         if path is None or (target is not None and name != target):
             continue
         try:
@@ -87,9 +87,13 @@ def load_kernels(target: str | None = None) -> NativeKernels | None:
     return None
 
 
-def cuda_library_path(home: Path = _HERE) -> Path | None:
-    """Where the GPU's kernels are, if they were compiled: nvcc was there at installation."""
-    return _path("cuda", home)
+def library_path(name: str, home: Path = _HERE) -> Path | None:
+    """Where a library of setup.py's is, if it was compiled: its compiler was there at installation.
+
+    `cuda` are the GPU's kernels.
+    """
+    found = [home / f"_{name}{suffix}" for suffix in EXTENSION_SUFFIXES]
+    return next((path for path in found if path.exists()), None)
 
 
 def _flags(cpuinfo: Path) -> frozenset[str]:
@@ -97,8 +101,3 @@ def _flags(cpuinfo: Path) -> frozenset[str]:
         return frozenset(cpuinfo.read_text().split())
     except OSError:
         return frozenset()
-
-
-def _path(target: str, home: Path) -> Path | None:
-    found = [home / f"_{target}{suffix}" for suffix in EXTENSION_SUFFIXES]
-    return next((path for path in found if path.exists()), None)

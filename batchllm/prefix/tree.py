@@ -78,6 +78,11 @@ class PrefixTree:
         )
 
     @property
+    def num_prompt_tokens(self) -> int:
+        """Prompt tokens of all rows, shared ones once a row."""
+        return int((self.leaf_length * self.row_counts()).sum())
+
+    @property
     def num_repeated_tokens(self) -> int:
         """Last prompt tokens computed again (see the class)."""
         return self.num_tokens - self.num_distinct_prefixes

@@ -76,8 +76,9 @@ def _middle(batch: Batch, decode: NDArray[np.bool_], taken: Ints) -> Ints:
         reads = reads + np.bincount(shared.chunk_begin, shared.length, len(chunks))
     shares = np.where(decode, 1, taken) / chunks.count.sum()
     shares += np.where(decode, 1, taken / chunks.count) * reads / reads.sum()
-    before = shares[~decode].sum() + shares[decode].cumsum()
-    first: Ints = (before <= 1.0).astype(np.int64)
+    # One after the other, as the compiled simulator adds them, so that both round alike.
+    before = np.concatenate([shares[~decode], shares[decode]]).cumsum()
+    first: Ints = (before[len(shares) - int(decode.sum()) :] <= 1.0).astype(np.int64)
     return first
 
 

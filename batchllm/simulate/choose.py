@@ -8,9 +8,10 @@ from numpy.typing import NDArray
 
 from batchllm.cache.block_counts import BlockCounts
 from batchllm.prefix.plan import PrefixPlan, plan_tokens, reorder
-from batchllm.prefix.policies.registry import POLICIES
+from batchllm.prefix.policies.registry import POLICIES, STREAMING
 from batchllm.request import RaggedTokens
 from batchllm.scheduler.factory import SchedulerLimits, make_scheduler
+from batchllm.simulate.compiled import compiled_simulator
 from batchllm.simulate.cost import CostModel
 from batchllm.simulate.simulator import END_TOKEN, SimulatedRun, simulate
 
@@ -51,6 +52,9 @@ def simulate_policy(
     """Run a plan, put in the policy's order, on a fresh scheduler; `outputs` as in `simulate`."""
     if policy in POLICIES:
         plan = Choice(policy, step_tokens).order(plan, outputs)
+    compiled = compiled_simulator()
+    if compiled and policy != STREAMING:
+        return compiled(plan, outputs, limits, costs)
     scheduler = make_scheduler(policy, limits, frozenset({END_TOKEN}), holder=BlockCounts)
     return simulate(plan, outputs, scheduler, costs)
 

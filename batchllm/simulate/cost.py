@@ -12,7 +12,8 @@ from batchllm.simulate.machine import Machine
 from batchllm.simulate.shape import ModelShape
 
 Ints = NDArray[np.int64]
-_LEAST_HIDDEN = 0.02  # of products and attention: for less, halves are not worth their launches
+Floats = NDArray[np.float64]
+LEAST_HIDDEN = 0.02  # of products and attention: for less, halves are not worth their launches
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,12 +119,14 @@ class CostModel:
 
     def __init__(self, machine: Machine, shape: ModelShape) -> None:
         self.machine = machine
-        self._shape = shape
-        self._pair_seconds = shape.attention_flops / machine.attention_rate
-        self._read_seconds = shape.kv_bytes_per_token / (machine.kv_bandwidth or machine.bandwidth)
+        self.shape = shape
+        # Of a pair of query and key, of reading a token's KV, and of reading the body's weights:
+        self.pair_seconds = shape.attention_flops / machine.attention_rate
+        self.read_seconds = shape.kv_bytes_per_token / (machine.kv_bandwidth or machine.bandwidth)
         self._body, self._head = shape.body_parameters, shape.head_parameters
-        self._weights_seconds = self._body * shape.bytes_per_value / machine.bandwidth
+        self.weights_seconds = self._body * shape.bytes_per_value / machine.bandwidth
         self._products: dict[tuple[int, int], float] = {}  # there are no more than a budget's
+        self._tables: dict[int, tuple[Floats, Floats]] = {}
 
     @property
     def overlaps(self) -> bool:
@@ -142,7 +145,7 @@ class CostModel:
             attention += max(self._attention_at_once(batch, work))
         else:
             attention += self._attention_apart(batch)
-        hidden, least = 0.0, _LEAST_HIDDEN * (gemm + attention)
+        hidden, least = 0.0, LEAST_HIDDEN * (gemm + attention)
         if work.num_tokens > 1 and self._most_hidden(gemm, attention) >= least:
             hidden = gemm + attention - self._overlapped(batch)
         if hidden < least:
@@ -162,10 +165,10 @@ class CostModel:
         decode = self.product(self._body, decodes) + self.product(self._head, decodes)
         return Rates(
             prompt_token=prefill / prefill_tokens + machine.token_seconds,
-            pair=self._pair_seconds,
+            pair=self.pair_seconds,
             output_token=(decode + machine.step_seconds) / decodes
             + (machine.token_seconds + machine.sample_seconds),
-            read=self._read_seconds,
+            read=self.read_seconds,
         )
 
     def product(self, parameters: int, num_tokens: int) -> float:
@@ -176,9 +179,19 @@ class CostModel:
         if seconds is None:
             machine = self.machine
             arithmetic = 2 * parameters * num_tokens / machine.gemm_rate(num_tokens)
-            reading = parameters * self._shape.bytes_per_value / machine.bandwidth
+            reading = parameters * self.shape.bytes_per_value / machine.bandwidth
             seconds = self._products[parameters, num_tokens] = max(arithmetic, reading)
         return seconds
+
+    def product_tables(self, most: int) -> tuple[Floats, Floats]:
+        """Seconds of the body's and of the head's products of 0 to `most` rows, [most + 1]."""
+        if most not in self._tables:
+            body, head = (
+                np.array([self.product(parameters, rows) for rows in range(most + 1)])
+                for parameters in (self._body, self._head)
+            )
+            self._tables[most] = body, head
+        return self._tables[most]
 
     def _most_hidden(self, products: float, attention: float) -> float:
         """What can be hidden at most, however a batch is halved: told without halving it.
@@ -189,7 +202,7 @@ class CostModel:
         share, speed = self.machine.overlap_share, self.machine.overlap_speed
         if not share:
             return 0.0
-        halves = max(products, 2 * self._weights_seconds)
+        halves = max(products, 2 * self.weights_seconds)
         first = halves + attention * share / speed
         second = attention + halves * (1 - speed) / (1 - share)
         return products + attention - max(first, second)
@@ -199,11 +212,11 @@ class CostModel:
         products, attention = [], []
         for num_tokens, pairs, reads in halved_work(batch):
             products.append(self.product(self._body, num_tokens))
-            attention.append((self._pair_seconds * pairs, self._read_seconds * reads))
+            attention.append((self.pair_seconds * pairs, self.read_seconds * reads))
         apart = sum(products) + sum(map(max, attention))
         beside = sum(map(self._beside, products, reversed(attention)))
         # Nothing is beside the first products and the last attention: about a layer's.
-        return beside + (apart - beside) / self._shape.num_layers
+        return beside + (apart - beside) / self.shape.num_layers
 
     def _beside(self, products: float, attention: tuple[float, float]) -> float:
         """Seconds of both, side by side; until either ends, each has its share of the machine."""
@@ -222,7 +235,7 @@ class CostModel:
         # With several steps, every chunk is a decode.
         grown = len(batch.chunks) * (batch.num_steps - 1) / 2
         pairs = work.pairs + work.decode_reads + grown
-        return self._pair_seconds * pairs, self._read_seconds * (work.reads + grown)
+        return self.pair_seconds * pairs, self.read_seconds * (work.reads + grown)
 
     def _attention_apart(self, batch: Batch) -> float:
         """As `_attention_at_once`, segment by segment."""
@@ -232,10 +245,10 @@ class CostModel:
         own = chunks.count * chunks.offset + chunks.count * (chunks.count + 1) // 2
         # A decode of its own is bound by reading, whatever its arithmetic would take alone.
         own[decode] = 0
-        arithmetic = self._pair_seconds * np.concatenate(
+        arithmetic = self.pair_seconds * np.concatenate(
             [own, _shared_queries(batch) * shared.length]
         )
-        reading = self._read_seconds * np.concatenate(
+        reading = self.read_seconds * np.concatenate(
             [chunks.offset + chunks.count + grown, shared.length]
         )
         return float(np.maximum(arithmetic, reading).sum())

@@ -21,7 +21,6 @@ class SimulatedRun:
     Of attention and products, `hidden_seconds` go by at the same time.
     """
 
-    seconds: float
     gemm_seconds: float
     head_seconds: float
     attention_seconds: float
@@ -35,6 +34,11 @@ class SimulatedRun:
     preemptions: int
     failed: int
     peak_kv_blocks: int
+
+    @property
+    def seconds(self) -> float:
+        busy = self.gemm_seconds + self.head_seconds + self.attention_seconds
+        return busy + self.overhead_seconds - self.hidden_seconds
 
 
 def simulate(
@@ -67,14 +71,13 @@ def simulate(
         output_tokens += len(samples) * batch.num_steps
     stats = scheduler.stats
     return SimulatedRun(
-        seconds=gemm + head + attention + overhead - hidden,
         gemm_seconds=gemm,
         head_seconds=head,
         attention_seconds=attention,
         overhead_seconds=overhead,
         hidden_seconds=hidden,
         steps=stats.steps,
-        prompt_tokens=int((plan.tree.leaf_length * plan.tree.row_counts()).sum()),
+        prompt_tokens=plan.tree.num_prompt_tokens,
         computed_prompt_tokens=stats.computed_prompt_tokens,
         recomputed_tokens=stats.recomputed_tokens,
         output_tokens=output_tokens,
