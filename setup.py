@@ -10,7 +10,6 @@ import copy
 import platform
 import subprocess
 import sys
-from glob import glob
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -30,7 +29,7 @@ SOURCES = [f"batchllm/native/src/{name}.cpp" for name in ("attention", "elementw
 HEADERS = [source.replace(".cpp", ".h") for source in SOURCES]
 HEADERS += [f"batchllm/native/src/{name}.h" for name in ("ahead", "products", "simd")]
 DEPENDS = [*HEADERS, "setup.py"]  # the flags are here
-SIMULATOR = "batchllm/native/src/simulator"
+SIMULATOR = Path("batchllm/native/src/simulator")
 # The warnings are about GCC's own intrinsics.
 QUIET = ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fopenmp", "-fno-math-errno", *QUIET]
@@ -84,8 +83,8 @@ extensions = [
 extensions.append(
     Extension(
         "batchllm.native._simulator",
-        [f"{SIMULATOR}/simulate.cpp"],
-        depends=[*sorted(glob(f"{SIMULATOR}/*.h")), "setup.py"],
+        [str(SIMULATOR / "simulate.cpp")],
+        depends=[*sorted(map(str, SIMULATOR.glob("*.h"))), "setup.py"],
         language="c++",
         extra_compile_args=SIMULATOR_FLAGS,
         optional=True,

@@ -21,7 +21,7 @@ from batchllm.runner.torch_runner import TorchRunner
 from batchllm.scheduler.batch import Batch, StepOutput
 from batchllm.simulate.bound import bound
 from batchllm.simulate.calibrate import MeasuredStep, calibrate
-from batchllm.simulate.choose import simulate_policy
+from batchllm.simulate.choose import Choice, simulate_choice
 from batchllm.simulate.cost import CostModel
 from batchllm.simulate.machine import Machine
 
@@ -185,7 +185,7 @@ class Bench:
         outputs = plan.max_tokens[plan.tree.leaf_row]
         outside["decoding and writing answers"] = self._write(run.answers)
         costs = CostModel(machine, llm.shape)
-        predicted = simulate_policy(plan, outputs, "dfs", llm.limits, costs).seconds
+        predicted = simulate_choice(plan, outputs, Choice("dfs"), llm.limits, costs).seconds
         least = bound(plan.tree, outputs, machine, llm.shape, llm.num_kv_tokens).overlap
         tokens = int(plan.tokens.lengths.sum() + plan.max_tokens.sum())
         return BenchResult(workload, run.seconds, run.parts, outside, predicted, least, tokens)

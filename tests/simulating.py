@@ -1,5 +1,7 @@
 """A toy machine and model, and plans for them, for tests that simulate."""
 
+from dataclasses import replace
+
 import numpy as np
 from hypothesis import strategies as st
 
@@ -27,6 +29,15 @@ MACHINE = Machine(
     bandwidth=1e6,
     memory=1 << 20,
     step_seconds=0.01,
+)
+SIDE_BY_SIDE = replace(
+    MACHINE,
+    gemm_rates=((1, 4e6),),
+    bandwidth=1e9,  # so that weights cost nothing
+    kv_bandwidth=1e6,
+    one_attention_launch=True,
+    overlap_share=0.4,
+    overlap_speed=0.8,
 )
 ROWS = st.lists(
     st.tuples(st.lists(st.integers(0, 1), min_size=1, max_size=20), st.integers(1, 12)),

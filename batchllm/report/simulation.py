@@ -1,5 +1,6 @@
 """What a run would take on a machine, by policy."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -10,7 +11,7 @@ from batchllm.progress import duration
 from batchllm.report.prompts import Prompts
 from batchllm.scheduler.factory import SchedulerLimits
 from batchllm.simulate.bound import bound
-from batchllm.simulate.choose import Choice, choose_policy, sample_leaves, simulate_policy
+from batchllm.simulate.choose import Choice, choose_policy, sample_leaves, simulate_choice
 from batchllm.simulate.cost import CostModel
 from batchllm.simulate.machine import Machine
 from batchllm.simulate.shape import ModelShape
@@ -61,8 +62,9 @@ class PolicyOutcome:
 class SimulationReport:
     """A table on a machine: the bound, and every policy's outcome.
 
-    `chosen` are the policies that `auto` took, one a window, with their tokens a step. `overlaps`:
-    but for `streaming`, half of a step's attention runs beside the other half's products.
+    `chosen` is what `auto` took, one a window, which took `choosing_seconds` on this machine.
+    `overlaps`: but for `streaming`, half of a step's attention runs beside the other half's
+    products.
     """
 
     machine: str
@@ -72,6 +74,7 @@ class SimulationReport:
     total_seconds: float = 0.0
     outcomes: list[PolicyOutcome] = field(default_factory=list)
     chosen: list[str] = field(default_factory=list)
+    choosing_seconds: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -98,7 +101,9 @@ class SimulationReport:
             )
         names = sorted(set(self.chosen))
         if names:
-            lines.append(f"  auto takes {'; '.join(names)}")
+            lines.append(
+                f"  auto takes {'; '.join(names)} (chosen in {self.choosing_seconds:.1f} s)"
+            )
         return "\n".join(lines)
 
 
@@ -150,7 +155,7 @@ class TableSimulation:
         plan = prompts.plan("dfs")
         outputs = plan.max_tokens[plan.tree.leaf_row]
         some, some_outputs = sample_leaves(plan, outputs)
-        run = simulate_policy(some, some_outputs, "dfs", self.limits, self.costs)
+        run = simulate_choice(some, some_outputs, Choice("dfs"), self.limits, self.costs)
         whole, part = (
             bound(p.tree, o, self._machine, self._shape, self.report.kv_tokens).total
             for p, o in ((plan, outputs), (some, some_outputs))
@@ -169,16 +174,16 @@ class TableSimulation:
         for outcome in report.outcomes:
             choice = Choice(outcome.policy)
             if choice.policy == AUTO:
+                started = time.perf_counter()
                 choice = choose_policy(shared, outputs, ours, self.costs)
+                report.choosing_seconds += time.perf_counter() - started
                 report.chosen.append(str(choice))
             if choice.policy == STREAMING:
-                run = simulate_policy(
-                    flat, prompts.output_tokens, STREAMING, self._theirs, self._their_costs
+                run = simulate_choice(
+                    flat, prompts.output_tokens, choice, self._theirs, self._their_costs
                 )
             else:
-                run = runs.get(choice) or simulate_policy(
-                    shared, outputs, choice.policy, ours, self.costs, choice.step_tokens
-                )
+                run = runs.get(choice) or simulate_choice(shared, outputs, choice, ours, self.costs)
             runs[choice] = run
             outcome.add(run, ours.block_size)
             outcome.bound_share = report.bound_seconds / max(outcome.seconds, 1e-12)

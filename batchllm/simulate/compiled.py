@@ -15,6 +15,11 @@ from batchllm.simulate.cost import LEAST_HIDDEN, CostModel
 from batchllm.simulate.simulator import SimulatedRun
 
 Ints = NDArray[np.int64]
+_SECONDS = tuple(f"{what}_seconds" for what in ("gemm", "head", "attention", "overhead", "hidden"))
+_COUNTS = (
+    *("steps", "computed_prompt_tokens", "recomputed_tokens", "output_tokens"),
+    *("preemptions", "failed", "peak_kv_blocks"),
+)
 CompiledSimulator = Callable[[PrefixPlan, Ints, SchedulerLimits, CostModel], SimulatedRun]
 
 
@@ -51,11 +56,8 @@ class _Result(Structure):
     """`SimulatedResult`."""
 
     _fields_ = (
-        *((name, c_double) for name in ("gemm_seconds", "head_seconds", "attention_seconds")),
-        *((name, c_double) for name in ("overhead_seconds", "hidden_seconds")),
-        *((name, c_int64) for name in ("steps", "computed_prompt_tokens", "recomputed_tokens")),
-        *((name, c_int64) for name in ("output_tokens", "preemptions", "failed")),
-        ("peak_kv_blocks", c_int64),
+        *((name, c_double) for name in _SECONDS),
+        *((name, c_int64) for name in _COUNTS),
     )
 
 
@@ -111,7 +113,7 @@ def _simulate(
     assert not failed, "the scheduler broke a rule of its own"
     return SimulatedRun(
         prompt_tokens=plan.tree.num_prompt_tokens,
-        **{name: getattr(result, name) for name, _ in _Result._fields_},
+        **{name: getattr(result, name) for name in (*_SECONDS, *_COUNTS)},
     )
 
 

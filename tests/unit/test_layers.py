@@ -25,7 +25,7 @@ ALLOWED = {
     "engine": {"errors", "request", "prefix", "cache", "scheduler"},
     "simulate": {
         *("errors", "request", "prefix", "cache", "scheduler", "models", "least_squares"),
-        "simulate",
+        *("native", "simulate"),
     },
     "progress": {"prefix", "scheduler"},
     "io": {"errors", "request", "io"},

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from batchllm.errors import UsageError
 from batchllm.prefix.plan import biggest_groups, plan_requests
+from batchllm.prefix.policies.in_time import in_time
 from batchllm.prefix.policies.registry import POLICIES, check_policy
 from batchllm.prefix.policies.sample import sample_first
 from batchllm.prefix.sorting import common_prefix_lengths, sort_sequences
@@ -204,3 +205,28 @@ def test_biggest_groups_count_rows_and_savings():
 def test_unknown_policy_names_the_known():
     with pytest.raises(UsageError, match="ratio, dfs, dual-scan"):
         check_policy("fastest")
+
+
+@given(
+    outputs=st.lists(st.integers(1, 30), min_size=1, max_size=30),
+    pace=st.floats(0.1, 50),
+    data=st.data(),
+)
+def test_long_answers_early_keep_the_others_in_order(outputs, pace, data):
+    order = np.array(data.draw(st.permutations(range(len(outputs)))))
+    lengths = np.array(outputs)
+    moved = in_time(order, lengths, pace)
+    assert sorted(moved.tolist()) == sorted(order.tolist())
+    latest = len(order) * (1 - lengths * pace / lengths.sum())
+    early = [leaf for place, leaf in enumerate(order.tolist()) if place <= latest[leaf]]
+    assert [leaf for leaf in moved.tolist() if leaf in early] == early
+    late = [leaf for leaf in moved.tolist() if leaf not in early]
+    assert sorted(late, key=lambda leaf: -lengths[leaf]) == late  # the longest first
+
+
+def test_an_answer_begins_when_it_will_be_through_with_the_others():
+    order, lengths = np.arange(10)[::-1], np.array([10] * 9 + [30])
+    assert in_time(order, lengths, 4.0).tolist() == [9, *range(8, -1, -1)]  # needs 30 steps of 30
+    order = np.arange(10)  # of 60 steps, half have gone by at place 5
+    assert in_time(order, lengths, 2.0).tolist() == [0, 1, 2, 3, 4, 5, 9, 6, 7, 8]
+    assert in_time(order, np.full(10, 7), 3.0).tolist() == order.tolist()  # all are alike

@@ -12,9 +12,9 @@ from yardstick import load_bound
 from batchllm.errors import UsageError
 from batchllm.scheduler.batch import StepOutput
 from batchllm.scheduler.streaming import StreamingScheduler
+from batchllm.simulate import choose
 from batchllm.simulate.bound import bound
 from batchllm.simulate.calibrate import MeasuredStep, calibrate
-from batchllm.simulate.choose import sample_leaves
 from batchllm.simulate.cost import CostModel, work_of
 from batchllm.simulate.machine import MACHINES, get_machine
 from batchllm.simulate.saved import save_machine, this_machine
@@ -217,15 +217,17 @@ def test_a_calibrated_machine_is_kept(tmp_path):
     assert this_machine(tmp_path) == MACHINES["cpu"]
 
 
-def test_a_large_window_is_judged_by_runs_of_neighbours():
+def test_a_large_window_is_judged_by_runs_of_neighbours(monkeypatch):
+    monkeypatch.setattr(choose, "_LARGE", 4096)
+    monkeypatch.setattr(choose, "_SMALL", 4096)
     prompts = [[g, 1, 1, m // 90, m % 90, 5] for g in range(3) for m in range(3000)]
     plan = plan_of([(p, 1 + p[0]) for p in prompts])
     outputs = leaf_outputs(plan, [(p, 1 + p[0]) for p in prompts])
-    some, some_outputs = sample_leaves(plan, outputs)
+    some, some_outputs = choose.sample_leaves(plan, outputs)
     assert 3000 < some.tree.num_leaves <= 4096
     group = np.array([some.tokens[row][0] for row in some.tree.leaf_row])
     assert np.array_equal(some_outputs, 1 + group)  # outputs stay with their prompts
     assert np.bincount(group).min() > 1000  # from all over
     saved = [t.num_distinct_prefixes / t.leaf_length.sum() for t in (some.tree, plan.tree)]
     assert saved[0] == pytest.approx(saved[1], rel=0.1)
-    assert sample_leaves(some, some_outputs)[0] is some
+    assert choose.sample_leaves(some, some_outputs)[0] is some

@@ -6,26 +6,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from simulating import MACHINE, ROWS, SHAPE, leaf_outputs, plan_of, scheduler_for
+from simulating import MACHINE, ROWS, SHAPE, SIDE_BY_SIDE, leaf_outputs, plan_of, scheduler_for
 
 from batchllm.scheduler.batch import StepOutput
 from batchllm.scheduler.factory import SchedulerLimits
 from batchllm.scheduler.split import split_batch
-from batchllm.simulate.choose import Choice, choose_policy, simulate_policy
+from batchllm.simulate import choose
+from batchllm.simulate.choose import CANDIDATES, Choice, choose_policy, simulate_choice
 from batchllm.simulate.cost import CostModel, halved_work, work_of
 from batchllm.simulate.machine import get_machine
 from batchllm.simulate.shape import get_shape
 from batchllm.simulate.simulator import END_TOKEN, simulate
-
-SIDE_BY_SIDE = replace(
-    MACHINE,
-    gemm_rates=((1, 4e6),),
-    bandwidth=1e9,  # so that weights cost nothing
-    kv_bandwidth=1e6,
-    one_attention_launch=True,
-    overlap_share=0.4,
-    overlap_speed=0.8,
-)
 
 
 @pytest.mark.parametrize(
@@ -135,12 +126,46 @@ def test_thinner_steps_are_taken_where_they_hide_more():
     assert choice.step_tokens is not None and choice.step_tokens % 128 == 0
     assert str(choice) == f"{choice.policy}, {choice.step_tokens:,} tokens a step"
     seconds = {
-        tokens: simulate_policy(plan, outputs, choice.policy, limits, costs, tokens).seconds
+        tokens: simulate_choice(
+            plan, outputs, replace(choice, step_tokens=tokens), limits, costs
+        ).seconds
         for tokens in (choice.step_tokens, None, 256)
     }
     assert min(seconds, key=seconds.get) == choice.step_tokens
     apart = CostModel(machine.with_overlap(None), shape)
     assert choose_policy(plan, outputs, limits, apart).step_tokens is None
+
+
+@pytest.mark.parametrize("machine", [SIDE_BY_SIDE, SIDE_BY_SIDE.with_overlap(None)])
+def test_a_long_answer_is_not_begun_last(machine):
+    """It is in the group that every policy leaves for the end: the one that mostly prefills."""
+    rows = [([g, *[7] * 20, i], 10) for g in range(5) for i in range(8)]
+    rows += [([5, *[7] * 190, i], 100 if i == 7 else 10) for i in range(8)]
+    plan, costs = plan_of(rows), CostModel(machine, SHAPE)
+    outputs = leaf_outputs(plan, rows)
+    limits = SchedulerLimits(
+        num_blocks=200, block_size=4, max_model_len=400, max_num_batched_tokens=64, max_num_seqs=8
+    )
+    choice = choose_policy(plan, outputs, limits, costs)
+    run = simulate_choice(plan, outputs, choice, limits, costs)
+    assert str(choice).endswith("long answers early")
+    plain = [simulate_choice(plan, outputs, Choice(p), limits, costs) for p in CANDIDATES]
+    assert run.steps < 110 < 140 < plain[0].steps
+    assert run.seconds < min(other.seconds for other in plain)
+
+
+@given(rows=ROWS, machine=st.sampled_from([SIDE_BY_SIDE, MACHINE]))
+@settings(max_examples=15)
+def test_the_choice_is_the_same_where_nothing_was_compiled(rows, machine):
+    plan, costs = plan_of(rows), CostModel(machine, SHAPE)
+    outputs = leaf_outputs(plan, rows)
+    limits = SchedulerLimits(
+        num_blocks=60, block_size=4, max_model_len=100, max_num_batched_tokens=24, max_num_seqs=9
+    )
+    chosen = choose_policy(plan, outputs, limits, costs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choose, "compiled_simulator", lambda: None)
+        assert choose_policy(plan, outputs, limits, costs) == chosen
 
 
 @given(rows=ROWS, step_tokens=st.integers(1, 30))

@@ -34,8 +34,8 @@ struct Batch {
                 shared.push_back(
                     {begin - chunks.begin(), end - chunks.begin(), state.length(node)});
         }
-        num_tokens = num_samples = 0;
-        for (const Chunk& chunk : chunks) {
+        num_tokens = num_samples = num_decodes;
+        for (const Chunk& chunk : work) {
             num_tokens += chunk.count;
             num_samples += chunk.samples;
         }

@@ -13,8 +13,8 @@ class CostModel {
     // Adds the batch's cost, over all the steps it stands for.
     void add(const Batch& batch, SimulatedResult& result) {
         const double num_steps = double(batch.num_steps);
-        double apart = costs_.step + costs_.token * double(batch.num_tokens);
-        apart += costs_.sample * double(batch.num_samples);
+        double overhead = costs_.step + costs_.token * double(batch.num_tokens);
+        overhead += costs_.sample * double(batch.num_samples);
         const double gemm = costs_.body[batch.num_tokens];
         const double attention = this->attention(batch);
         const double least = costs_.least_hidden * (gemm + attention);
@@ -25,7 +25,7 @@ class CostModel {
         result.gemm_seconds += num_steps * gemm;
         result.head_seconds += num_steps * costs_.head[batch.num_samples];
         result.attention_seconds += num_steps * attention;
-        result.overhead_seconds += num_steps * apart;
+        result.overhead_seconds += num_steps * overhead;
         result.hidden_seconds += num_steps * hidden;
     }
 
@@ -35,41 +35,54 @@ class CostModel {
         double pairs, reads;
     };
 
+    // In each next step every decode has a token more to read; with several, all are decodes.
+    static double grown(const Batch& batch) { return double(batch.num_steps - 1) / 2; }
+
     double attention(const Batch& batch) {
-        // In each next step every decode has a token more to read; with several, all are decodes.
-        const double grown = double(batch.num_steps - 1) / 2;
-        Int pairs = 0, decode_reads = 0, reads = 0, num_segments = Int(batch.shared.size());
-        double one_by_one = 0;
-        for (const Chunk& chunk : batch.chunks) {
-            const Int all = chunk.offset + chunk.count;
-            reads += all;
-            if (chunk.count == 1) {
-                decode_reads += all;
-                one_by_one += costs_.read * (double(all) + grown);
-            } else {
-                // A chunk's own tokens see half of each other, and all of what was there before.
-                pairs += chunk.count * chunk.offset + triangle(chunk.count);
-                num_segments++;
-                one_by_one += slower(own_pairs(chunk), double(all));
-            }
-        }
         count_before(batch);
-        for (const SharedRead& shared : batch.shared) {
-            const Int queries = before_[shared.end] - before_[shared.begin];
-            pairs += queries * shared.length;
-            reads += shared.length;
-            one_by_one += slower(double(queries * shared.length), double(shared.length));
+        Int num_segments = Int(batch.shared.size());
+        for (const Chunk& chunk : batch.chunks) num_segments += chunk.count > 1;
+        return costs_.segment * double(num_segments) +
+               (costs_.one_attention_launch ? at_once(batch) : apart(batch));
+    }
+
+    double at_once(const Batch& batch) const {
+        Int pairs = 0, reads = 0;
+        for (const Chunk& chunk : batch.chunks) {
+            pairs += own_pairs(chunk);
+            reads += chunk.offset + chunk.count;
         }
-        const double segments = costs_.segment * double(num_segments);
-        if (!costs_.one_attention_launch) return segments + one_by_one;
-        const double all = grown * double(batch.chunks.size());
-        return segments + slower(double(pairs + decode_reads) + all, double(reads) + all);
+        for (const SharedRead& shared : batch.shared) {
+            pairs += queries(shared) * shared.length;
+            reads += shared.length;
+        }
+        const double more = grown(batch) * double(batch.chunks.size());
+        return slower(double(pairs) + more, double(reads) + more);
+    }
+
+    double apart(const Batch& batch) const {
+        double seconds = 0;
+        for (const Chunk& chunk : batch.chunks) {
+            const double read = double(chunk.offset + chunk.count);
+            // A decode of its own is bound by reading, whatever its arithmetic would take alone.
+            seconds += chunk.count == 1 ? costs_.read * (read + grown(batch))
+                                        : slower(double(own_pairs(chunk)), read);
+        }
+        for (const SharedRead& shared : batch.shared)
+            seconds += slower(double(queries(shared) * shared.length), double(shared.length));
+        return seconds;
+    }
+
+    // Tokens that attend to a shared segment.
+    Int queries(const SharedRead& shared) const {
+        return before_[shared.end] - before_[shared.begin];
     }
 
     static Int triangle(Int count) { return (count * count + count) / 2; }
 
-    static double own_pairs(const Chunk& chunk) {
-        return double(chunk.count * chunk.offset + triangle(chunk.count));
+    // A chunk's own tokens see half of each other, and all of what was there before.
+    static Int own_pairs(const Chunk& chunk) {
+        return chunk.count * chunk.offset + triangle(chunk.count);
     }
 
     // The slower of arithmetic and reading hides the other.
@@ -79,8 +92,9 @@ class CostModel {
 
     // Tokens before each chunk.
     void count_before(const Batch& batch) {
-        before_.assign(1, 0);
-        for (const Chunk& chunk : batch.chunks) before_.push_back(before_.back() + chunk.count);
+        before_.assign(batch.chunks.size() + 1, 0);
+        for (size_t i = 0; i < batch.chunks.size(); i++)
+            before_[i + 1] = before_[i] + batch.chunks[i].count;
     }
 
     double most_hidden(double products, double attention) const {
@@ -98,13 +112,13 @@ class CostModel {
         double products[2];
         Reads attention[2];
         for (int half = 0; half < 2; half++) halved(batch, half, products[half], attention[half]);
-        const double apart = products[0] + products[1] +
+        const double one_by_one = products[0] + products[1] +
                              (slower(attention[0].pairs, attention[0].reads) +
                               slower(attention[1].pairs, attention[1].reads));
         const double together =
             beside(products[0], attention[1]) + beside(products[1], attention[0]);
         // Nothing is beside the first products and the last attention: about a layer's.
-        return together + (apart - together) / double(costs_.num_layers);
+        return together + (one_by_one - together) / double(costs_.num_layers);
     }
 
     // Seconds of both, side by side; until either ends, each has its share of the machine.
@@ -121,25 +135,24 @@ class CostModel {
     // One half's products and attention; its tokens are those of `taken_`, or all others.
     void halved(const Batch& batch, int half, double& products, Reads& attention) {
         Int pairs = 0, reads = 0, num_chunks = 0;
-        before_.assign(1, 0);
+        before_.assign(batch.chunks.size() + 1, 0);
         for (size_t i = 0; i < batch.chunks.size(); i++) {
             const Chunk& chunk = batch.chunks[i];
             const Int count = half == 0 ? taken_[i] : chunk.count - taken_[i];
             const Int offset = half == 0 ? chunk.offset : chunk.offset + taken_[i];
-            before_.push_back(before_.back() + count);
+            before_[i + 1] = before_[i] + count;
             if (count == 0) continue;
             pairs += count * offset + triangle(count);
             reads += offset + count;
             num_chunks++;
         }
         for (const SharedRead& shared : batch.shared) {
-            const Int queries = before_[shared.end] - before_[shared.begin];
-            pairs += queries * shared.length;
-            if (queries > 0) reads += shared.length;
+            pairs += queries(shared) * shared.length;
+            if (queries(shared) > 0) reads += shared.length;
         }
-        const double grown = double(num_chunks) * double(batch.num_steps - 1) / 2;
+        const double more = double(num_chunks) * grown(batch);
         products = costs_.body[before_.back()];
-        attention = {double(pairs) + grown, double(reads) + grown};
+        attention = {double(pairs) + more, double(reads) + more};
     }
 
     // How many tokens of each chunk are the first half's: `taken_`.
@@ -170,8 +183,9 @@ class CostModel {
     // In front of the middle there are as many of the tokens as there are of the reads behind it.
     void take_decodes(const Batch& batch) {
         double all_reads = 0;
-        reads_.clear();
-        for (const Chunk& chunk : batch.chunks) reads_.push_back(double(chunk.offset + chunk.count));
+        reads_.resize(batch.chunks.size());
+        for (size_t i = 0; i < reads_.size(); i++)
+            reads_[i] = double(batch.chunks[i].offset + batch.chunks[i].count);
         for (const SharedRead& shared : batch.shared) reads_[shared.begin] += double(shared.length);
         for (double reads : reads_) all_reads += reads;
         double before = 0;

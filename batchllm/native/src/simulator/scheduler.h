@@ -17,6 +17,7 @@ class Scheduler {
           unfinished_(state_),
           running_(state_),
           idle_(state_, blocks_),
+          longest_(state_.count),
           queue_(fitting()),
           admission_(state_, queue_, running_, idle_, projection_, lengths_, limits) {}
 
@@ -45,15 +46,19 @@ class Scheduler {
     void update(const Batch& batch) {
         projection_.advance(batch.num_steps);
         ended_.clear();
-        going_on_.clear();
+        going_on_.resize(batch.num_samples);
+        size_t going_on = 0;
         for (const Chunk& chunk : batch.chunks) {
             if (!chunk.samples) continue;
             const Int sequence = chunk.segment;
             const Int num_outputs = state_.num_outputs[sequence] += batch.num_steps;
-            const bool stopped = num_outputs >= ends(sequence) && !window_.ignore_eos[sequence];
-            const bool done = stopped || num_outputs >= window_.max_tokens[sequence];
-            (done ? ended_ : going_on_).push_back(sequence);
+            going_on_[going_on] = sequence;
+            if (num_outputs >= longest_[sequence])
+                ended_.push_back(sequence);
+            else
+                going_on++;
         }
+        going_on_.resize(going_on);
         go_on();
         stop();
     }
@@ -63,7 +68,8 @@ class Scheduler {
    private:
     Int ends(Int sequence) const { return window_.ends[window_.leaf[sequence]]; }
 
-    // The sequences that can run, alone if need be, in order; the others are given up.
+    // The sequences that can run, alone if need be, in order; the others are given up. Sets how long
+    // each one's answer gets.
     Ints fitting() {
         const Int* of_leaf = window_.of_leaf;
         unfinished_.add(Ints(of_leaf, of_leaf + window_.num_leaves));
@@ -74,8 +80,11 @@ class Scheduler {
         }
         for (Int i = 0; i < window_.num_leaves; i++) {
             const Int sequence = window_.order[i];
-            const Int longest = state_.length(sequence) + window_.max_tokens[sequence] - 1;
-            const bool fits = above[sequence] + blocks_.of(longest) <= limits_.num_blocks;
+            const Int most = window_.max_tokens[sequence];
+            longest_[sequence] =
+                window_.ignore_eos[sequence] ? most : std::min(most, ends(sequence));
+            const Int tokens = state_.length(sequence) + most - 1;
+            const bool fits = above[sequence] + blocks_.of(tokens) <= limits_.num_blocks;
             (fits ? order : not_fitting).push_back(sequence);
         }
         projection_.give_up(not_fitting);
@@ -89,11 +98,11 @@ class Scheduler {
 
     // These have sampled and decode from now on, and no others.
     void go_on() {
-        running_.decoding = going_on_;
+        running_.decoding.swap(going_on_);
         if (projection_.latest_start < projection_.now()) return;
         // The first sample of what took shorter to prefill than expected.
         Ints early;
-        for (Int sequence : going_on_)
+        for (Int sequence : running_.decoding)
             if (projection_.start[sequence] >= projection_.now()) early.push_back(sequence);
         admission_.revise(early);
     }
@@ -115,19 +124,17 @@ class Scheduler {
 
     // Give all decodes room for a token, preempting until there is enough.
     void grow_decodes(Batch& batch) {
-        while (true) {
-            Int full = 0;
-            for (Int sequence : running_.decoding)
-                full += state_.num_computed[sequence] % blocks_.size == 0;
-            if (reclaim(full)) break;
-            preempt_last();
-        }
-        batch.chunks.clear();
-        for (Int sequence : running_.decoding) {
-            const Int offset = state_.num_computed[sequence];
-            if (offset % blocks_.size == 0) blocks_.grow(sequence, blocks_.num_held[sequence] + 1);
-            batch.chunks.push_back({sequence, 1, offset, true});
-        }
+        const Ints& decoding = running_.decoding;
+        do {
+            full_.clear();
+            for (Int sequence : decoding)
+                if (state_.num_computed[sequence] == blocks_.num_held[sequence] * blocks_.size)
+                    full_.push_back(sequence);
+        } while (!reclaim(Int(full_.size())) && preempt_last());
+        for (Int sequence : full_) blocks_.grow(sequence, blocks_.num_held[sequence] + 1);
+        batch.chunks.resize(decoding.size());
+        for (size_t i = 0; i < decoding.size(); i++)
+            batch.chunks[i] = {decoding[i], 1, state_.num_computed[decoding[i]], true};
     }
 
     // Take up to `room` tokens of prefill as `work_`, admitting for it, and give them blocks.
@@ -203,7 +210,7 @@ class Scheduler {
         return idle_.reclaim(count, queue_.size() > 0 ? queue_.at(0) : NOBODY);
     }
 
-    void preempt_last() {
+    bool preempt_last() {
         const Int last = running_.last_admitted();
         expect(running_.size() > 1);
         projection_.preempt(last);
@@ -211,6 +218,7 @@ class Scheduler {
         queue_.put_back(last);
         admission_.is_open = false;
         preemptions++;
+        return true;
     }
 
     // Sequences stopped: their private blocks go back, and `unneeded` nodes fall idle.
@@ -231,10 +239,11 @@ class Scheduler {
     IdleNodes idle_;
     LengthEstimator lengths_;
     Int num_unfinished_ = 0;
+    Ints longest_;
     AdmissionQueue queue_;
     Admission admission_;
     std::vector<Chunk> work_;
-    Ints ended_, going_on_;
+    Ints full_, ended_, going_on_;  // reused from step to step
 };
 
 }  // namespace simulator
