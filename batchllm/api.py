@@ -275,15 +275,15 @@ class LLM:
         plan = plan_requests(
             requests, policy="dfs", sharing=sharing, granularity=self.loaded.granularity
         )
-        outputs = self._lengths.expected(plan)
-        choice = Choice(policy)
+        lengths = self._lengths
+        expected, knows, choice = lengths.expected(plan), lengths.knows_of(plan), Choice(policy)
         if policy == AUTO:
-            choice = choose_policy(plan, outputs, self.limits, self._costs)
+            choice = choose_policy(
+                plan, expected, self.limits, self._costs, outputs=lengths.drawn(plan), knows=knows
+            )
             self.chosen_policies.add(str(choice))
-        plan = choice.order(plan, outputs)
-        if self._lengths.knows or all(p.ignore_eos for p in plan.params):
-            return plan
-        return replace(plan, leaf_order=sample_first(plan.tree, plan.leaf_order))
+        plan = choice.order(plan, expected)
+        return plan if knows else replace(plan, leaf_order=sample_first(plan.tree, plan.leaf_order))
 
     def close(self) -> None:
         """End the processes that the model runs in, if there are others than this; the last call.

@@ -154,7 +154,8 @@ class TableSimulation:
         """Seconds that a window would take, from a sample where it is large."""
         plan = prompts.plan("dfs")
         outputs = plan.max_tokens[plan.tree.leaf_row]
-        some, some_outputs = sample_leaves(plan, outputs)
+        some, leaves = sample_leaves(plan)
+        some_outputs = outputs[leaves]
         run = simulate_choice(some, some_outputs, Choice("dfs"), self.limits, self.costs)
         whole, part = (
             bound(p.tree, o, self._machine, self._shape, self.report.kv_tokens).total

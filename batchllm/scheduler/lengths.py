@@ -84,6 +84,26 @@ class LengthEstimator:
             np.zeros_like(leaf_row), plan.max_tokens[leaf_row], known[plan.params_index[leaf_row]]
         ).tokens
 
+    def knows_of(self, plan: PrefixPlan) -> bool:
+        """Whether more is expected of a plan's answers than that they may be so long."""
+        return self.knows or all(p.ignore_eos or p.max_tokens == 1 for p in plan.params)
+
+    def drawn(self, plan: PrefixPlan) -> Ints:
+        """Lengths as a plan's answers may have them, [num_leaves]: some short, some long.
+
+        They are spread as those of recent rows are, where `expected` gives all rows that are alike
+        the same. Always the same draw; who has which length means nothing.
+        """
+        leaf_row = plan.tree.leaf_row
+        most = plan.max_tokens[leaf_row]
+        if not self.knows:
+            return most
+        known = np.array([p.ignore_eos for p in plan.params], dtype=np.bool_)
+        shares = self._recent[: min(self._count, self._WINDOW)]
+        places = np.random.default_rng(0).integers(0, len(shares), len(most))
+        lengths = np.maximum(np.rint(shares[places] * most), 1).astype(np.int64)
+        return np.where(known[plan.params_index[leaf_row]], most, lengths)
+
     def _sort(self) -> None:
         """Sort the recent shares, with the sums of each and all longer ones."""
         shares = np.sort(self._recent[: min(self._count, self._WINDOW)])

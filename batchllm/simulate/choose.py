@@ -60,7 +60,10 @@ class Choice:
 def simulate_choice(
     plan: PrefixPlan, outputs: Ints, choice: Choice, limits: SchedulerLimits, costs: CostModel
 ) -> SimulatedRun:
-    """Run a plan, put in the choice's order, on a fresh scheduler; `outputs` as in `simulate`."""
+    """Run a plan, put in the choice's order, on a fresh scheduler; `outputs` as in `simulate`.
+
+    These are also what the order goes by.
+    """
     if choice.policy in POLICIES:
         plan = choice.order(plan, outputs)
     return _simulate(plan, outputs, choice.policy, limits, costs)
@@ -77,9 +80,24 @@ def _simulate(
 
 
 def choose_policy(
-    plan: PrefixPlan, outputs: Ints, limits: SchedulerLimits, costs: CostModel
+    plan: PrefixPlan,
+    expected: Ints,
+    limits: SchedulerLimits,
+    costs: CostModel,
+    *,
+    outputs: Ints | None = None,
+    knows: bool = True,
 ) -> Choice:
-    """The candidate with the least simulated time for answers of `outputs` [num_leaves] tokens.
+    """The candidate with the least simulated time.
+
+    Args:
+        plan: what is to run.
+        expected: the answers' expected lengths, [num_leaves], which orders go by.
+        limits: what the scheduler may use.
+        costs: the machine and the model.
+        outputs: the lengths that answers have in the simulation, [num_leaves]; None: as expected.
+        knows: whether these are more than limits. Else nothing is chosen but the policy: steps
+            thin enough for answers as long as they may be would starve on short ones.
 
     A window too large to simulate in a moment is judged by a sample of its rows, taken in runs of
     neighbours so that they share what the window shares.
@@ -89,16 +107,19 @@ def choose_policy(
     alike, long ones are moved up more or less far. Both are looked for one after the other, with
     all policies each time: on some forty tables that came within 0.5 % of all that was tried.
     """
-    if len(outputs) == 0:
+    if len(expected) == 0:
         return Choice(CANDIDATES[0])
-    plan, outputs = sample_leaves(plan, outputs)
+    plan, leaves = sample_leaves(plan)
+    expected, outputs = expected[leaves], (expected if outputs is None else outputs)[leaves]
     with ThreadPoolExecutor() as pool:
-        trials = _Trials(plan, outputs, limits, costs, pool)
+        trials = _Trials(plan, expected, outputs, limits, costs, pool)
         best = trials.best(map(Choice, CANDIDATES))
+        if not knows:
+            return best
         if costs.overlaps:
             trials.best(trials.thinner(best))
             best = trials.best(trials.by_any_policy())
-        if outputs.min() < outputs.max():
+        if expected.min() < expected.max():
             best = trials.best(trials.earlier())
             if costs.overlaps:
                 trials.best(trials.thinner(best))
@@ -112,14 +133,16 @@ class _Trials:
     def __init__(
         self,
         plan: PrefixPlan,
+        expected: Ints,
         outputs: Ints,
         limits: SchedulerLimits,
         costs: CostModel,
         pool: ThreadPoolExecutor,
     ) -> None:
         self.runs: dict[Choice, SimulatedRun] = {}
-        self._plans = {policy: reorder(plan, policy, outputs) for policy in CANDIDATES}
-        self._outputs, self._limits, self._costs, self._pool = outputs, limits, costs, pool
+        self._plans = {policy: reorder(plan, policy, expected) for policy in CANDIDATES}
+        self._expected, self._outputs = expected, outputs
+        self._limits, self._costs, self._pool = limits, costs, pool
 
     def best(self, choices: Iterable[Choice]) -> Choice:
         """The best of all that were tried, these too."""
@@ -146,20 +169,20 @@ class _Trials:
         for policy in CANDIDATES:
             mine = [choice for choice in self.runs if choice.policy == policy]
             best = min(mine, key=lambda choice: self.runs[choice].seconds)
-            pace = float(self._outputs.sum()) / self.runs[best].steps
+            pace = float(self._expected.sum()) / self.runs[best].steps
             found += [replace(best, outputs_per_step=pace / part) for part in _EARLY]
         return found
 
     def _run(self, choice: Choice) -> SimulatedRun:
-        plan = choice.arrange(self._plans[choice.policy], self._outputs)
+        plan = choice.arrange(self._plans[choice.policy], self._expected)
         return _simulate(plan, self._outputs, choice.policy, self._limits, self._costs)
 
 
-def sample_leaves(plan: PrefixPlan, outputs: Ints) -> tuple[PrefixPlan, Ints]:
-    """A plan of as many of the leaves as are simulated in a moment, with their outputs."""
+def sample_leaves(plan: PrefixPlan) -> tuple[PrefixPlan, Ints]:
+    """A plan of as many of the leaves as are simulated in a moment, and which they were."""
     tree, most = plan.tree, _LARGE if compiled_simulator() else _SMALL
     if tree.num_leaves <= most:
-        return plan, outputs
+        return plan, np.arange(tree.num_leaves)
     starts = np.linspace(0, tree.num_leaves - _RUN, most // _RUN).astype(np.int64)
     leaves = np.unique((starts[:, None] + np.arange(_RUN)).ravel())
     rows = tree.leaf_row[leaves]
@@ -167,4 +190,4 @@ def sample_leaves(plan: PrefixPlan, outputs: Ints) -> tuple[PrefixPlan, Ints]:
     sample = plan_tokens(
         tokens, plan.params, plan.params_index[rows], row_index=plan.row_index[rows], policy="dfs"
     )
-    return sample, outputs[leaves][sample.tree.leaf_row]
+    return sample, leaves[sample.tree.leaf_row]

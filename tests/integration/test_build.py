@@ -16,8 +16,10 @@ ROOT = Path(__file__).parents[2]
 BFLOAT16 = r"\bv(dpbf16ps|cvtneps2bf16|cvtne2ps2bf16)"
 DOT_PRODUCTS = r"\bvpdp(bus|wss)ds?\b"
 MASKS_AND_WIDE = r"%(zmm|k[0-7]|[xy]mm(1[6-9]|2\d|3[01]))\b|%zmm"
+PORTABLE = [BFLOAT16, DOT_PRODUCTS, MASKS_AND_WIDE, r"%ymm", r"\bv[a-z]+\d*[a-z]* .*%xmm"]
 UNKNOWN = {
-    "portable": [BFLOAT16, DOT_PRODUCTS, MASKS_AND_WIDE, r"%ymm", r"\bv[a-z]+\d*[a-z]* .*%xmm"],
+    "portable": PORTABLE,
+    "simulator": PORTABLE,
     "avx2": [BFLOAT16, DOT_PRODUCTS, MASKS_AND_WIDE],
     "avx512": [BFLOAT16, DOT_PRODUCTS],
     "avx512_vnni": [BFLOAT16],

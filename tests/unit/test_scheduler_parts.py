@@ -9,7 +9,8 @@ from scheduling import MAX_MODEL_LEN, ROWS, requests
 from batchllm.cache.block_counts import BlockCounts
 from batchllm.cache.block_pool import BlockPool
 from batchllm.cache.block_table import BlockTables
-from batchllm.prefix.plan import plan_requests
+from batchllm.prefix.plan import plan_requests, plan_tokens
+from batchllm.request import RaggedTokens, SamplingParams
 from batchllm.scheduler.fitting import Demand, how_many_fit
 from batchllm.scheduler.lengths import LengthEstimator
 from batchllm.scheduler.projection import Projection
@@ -261,3 +262,26 @@ def test_lengths_are_expected_of_those_that_got_as_far():
     assert remaining(lengths, 10) == 80
     lengths.observe(np.full(5000, 30), np.full(5000, 100))  # only the recent count
     assert remaining(lengths, 0) == 30
+
+
+def test_lengths_are_drawn_as_recent_ones_were():
+    prompts = [np.array([i, j], np.int32) for i in range(100) for j in range(20)]
+    params = [SamplingParams(max_tokens=100), SamplingParams(max_tokens=7, ignore_eos=True)]
+    index = np.arange(2000) % 10 // 9
+    plan = plan_tokens(RaggedTokens.from_sequences(prompts), params, index, policy="dfs")
+    known = index[plan.tree.leaf_row] == 1
+    lengths = LengthEstimator()
+    assert lengths.drawn(plan)[~known].tolist() == [100] * 1800
+    assert not lengths.knows_of(plan)
+    lengths.observe(np.array([10, 10, 10, 90] * 50), np.full(200, 100))
+    drawn = lengths.drawn(plan)
+    assert lengths.knows_of(plan)
+    assert drawn[known].tolist() == [7] * 200
+    assert set(drawn[~known].tolist()) == {10, 90}
+    assert 0.2 < (drawn[~known] == 90).mean() < 0.3
+    assert np.array_equal(lengths.drawn(plan), drawn)
+
+
+def test_one_token_is_known_to_be_one():
+    plan = plan_tokens(RaggedTokens.from_sequences([[1], [2]]), [SamplingParams(max_tokens=1)])
+    assert LengthEstimator().knows_of(plan)

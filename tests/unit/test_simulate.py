@@ -223,11 +223,12 @@ def test_a_large_window_is_judged_by_runs_of_neighbours(monkeypatch):
     prompts = [[g, 1, 1, m // 90, m % 90, 5] for g in range(3) for m in range(3000)]
     plan = plan_of([(p, 1 + p[0]) for p in prompts])
     outputs = leaf_outputs(plan, [(p, 1 + p[0]) for p in prompts])
-    some, some_outputs = choose.sample_leaves(plan, outputs)
+    some, leaves = choose.sample_leaves(plan)
     assert 3000 < some.tree.num_leaves <= 4096
     group = np.array([some.tokens[row][0] for row in some.tree.leaf_row])
-    assert np.array_equal(some_outputs, 1 + group)  # outputs stay with their prompts
+    assert np.array_equal(outputs[leaves], 1 + group)  # outputs stay with their prompts
     assert np.bincount(group).min() > 1000  # from all over
     saved = [t.num_distinct_prefixes / t.leaf_length.sum() for t in (some.tree, plan.tree)]
     assert saved[0] == pytest.approx(saved[1], rel=0.1)
-    assert choose.sample_leaves(some, some_outputs)[0] is some
+    again, leaves = choose.sample_leaves(some)
+    assert again is some and np.array_equal(leaves, np.arange(some.tree.num_leaves))

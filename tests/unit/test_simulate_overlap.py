@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulating import MACHINE, ROWS, SHAPE, SIDE_BY_SIDE, leaf_outputs, plan_of, scheduler_for
 
+from batchllm.request import SamplingParams
 from batchllm.scheduler.batch import StepOutput
 from batchllm.scheduler.factory import SchedulerLimits
 from batchllm.scheduler.split import split_batch
@@ -134,6 +135,12 @@ def test_thinner_steps_are_taken_where_they_hide_more():
     assert min(seconds, key=seconds.get) == choice.step_tokens
     apart = CostModel(machine.with_overlap(None), shape)
     assert choose_policy(plan, outputs, limits, apart).step_tokens is None
+    # Where answers may be as long, but nobody knows: even steps of that length would be too thin.
+    assert choose_policy(plan, outputs, limits, costs, knows=False).step_tokens is None
+    # It is the answers' own lengths that steps have to suit.
+    plan = replace(plan, params=[SamplingParams(max_tokens=300)])
+    short = choose_policy(plan, outputs, limits, costs, outputs=np.full(len(outputs), 20))
+    assert short.step_tokens is None or short.step_tokens > choice.step_tokens
 
 
 @pytest.mark.parametrize("machine", [SIDE_BY_SIDE, SIDE_BY_SIDE.with_overlap(None)])
