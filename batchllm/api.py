@@ -19,9 +19,9 @@ from batchllm.metrics import Metrics
 from batchllm.models.checkpoint import Checkpoint, open_model
 from batchllm.models.parallel import check_divides
 from batchllm.outputs import count, failed_output, row_outputs
-from batchllm.prefix.plan import PrefixPlan, plan_requests
-from batchllm.prefix.policies.registry import AUTO, STREAMING, check_policy
-from batchllm.prefix.policies.sample import sample_first
+from batchllm.planning import WindowPlanner
+from batchllm.prefix.plan import PrefixPlan
+from batchllm.prefix.policies.registry import check_policy
 from batchllm.prompting import Prompt, choose_max_model_len, prompt_builder, table_of, tables_of
 from batchllm.replica_messages import ReplicaLoaded
 from batchllm.replicas import Replicas
@@ -33,7 +33,6 @@ from batchllm.scheduler.base import StepScheduler
 from batchllm.scheduler.batch import Batch, FinishedSequence
 from batchllm.scheduler.factory import SchedulerLimits, make_scheduler
 from batchllm.scheduler.lengths import LengthEstimator
-from batchllm.simulate.choose import Choice, choose_policy
 from batchllm.simulate.cost import CostModel
 from batchllm.simulate.saved import this_machine
 from batchllm.simulate.shape import shape_of
@@ -113,7 +112,13 @@ class LLM:
         self._scheduler = self.new_scheduler()
         self.load_seconds = time.perf_counter() - started
         self.metrics = Metrics()
-        self.chosen_policies: set[str] = set()  # by `auto`, for the windows so far
+        self._planner = WindowPlanner(
+            policy=self.config.policy,
+            sharing=self.config.sharing,
+            granularity=loaded.granularity,
+            lengths=self._lengths,
+            costs=self._costs,
+        )
 
     @overload
     def generate(
@@ -257,33 +262,16 @@ class LLM:
         started = time.perf_counter()
         if self._replicas is not None:
             answers = self._replicas.answer(requests, self.limits, self._costs, watch)
-            self.chosen_policies |= answers.policies
+            self._planner.chosen |= answers.policies
             self.metrics.add(answers.metrics)
             self.metrics.engine_seconds += time.perf_counter() - started
             return answers.outputs
-        plan = self._plan(requests)
+        plan = self._planner.plan(requests, self.limits)
         planned = time.perf_counter()
         outputs = self._run(plan, watch)
         self.metrics.plan_seconds += planned - started
         self.metrics.engine_seconds += time.perf_counter() - planned
         return outputs
-
-    def _plan(self, requests: Sequence[Request]) -> PrefixPlan:
-        policy, sharing = self.config.policy, self.config.sharing
-        if policy == STREAMING:
-            return plan_requests(requests, policy=policy)
-        plan = plan_requests(
-            requests, policy="dfs", sharing=sharing, granularity=self.loaded.granularity
-        )
-        lengths = self._lengths
-        expected, knows, choice = lengths.expected(plan), lengths.knows_of(plan), Choice(policy)
-        if policy == AUTO:
-            choice = choose_policy(
-                plan, expected, self.limits, self._costs, outputs=lengths.drawn(plan), knows=knows
-            )
-            self.chosen_policies.add(str(choice))
-        plan = choice.order(plan, expected)
-        return plan if knows else replace(plan, leaf_order=sample_first(plan.tree, plan.leaf_order))
 
     def close(self) -> None:
         """End the processes that the model runs in, if there are others than this; the last call.
@@ -291,6 +279,11 @@ class LLM:
         They also end with this process, however it does, and when nobody has the `LLM` any more.
         """
         self._end_processes()
+
+    @property
+    def chosen_policies(self) -> set[str]:
+        """What `auto` took, for the windows so far."""
+        return self._planner.chosen
 
     @property
     def num_kv_blocks(self) -> int:
@@ -324,6 +317,7 @@ class LLM:
         finished: list[FinishedSequence] = []
         outputs: list[RequestOutput] = []
         num_kept, pace = 0, Pace(_KEEP_SECONDS)
+        second_look = self._planner.second_look(plan, scheduler, self.limits)
 
         def make(sequences: list[FinishedSequence]) -> list[RequestOutput]:
             return row_outputs(plan, sequences, self.tokenizer, scheduler, self.limits)
@@ -341,6 +335,8 @@ class LLM:
             with closing(engine.steps(plan)) as steps:
                 for done in steps:
                     finished += done
+                    if second_look:
+                        second_look.after_step(len(finished))
                     if progress:
                         progress.finish_rows(sum(int(num_rows[sequence.leaf]) for sequence in done))
                     if watch.should_stop():

@@ -74,7 +74,8 @@ def _answer(llm: LLM, part: Part, stop: Event, parent: Parent) -> None:
             noted = rows
             parent.send(InFlight(rows))
 
-    llm.metrics, llm.chosen_policies = Metrics(), set()
+    llm.metrics = Metrics()
+    llm.chosen_policies.clear()
     llm.run_at_most(part.max_num_seqs)
     watch = Watch(progress=_Relay(parent), keep=keep, should_stop=stop.is_set, before_step=note)
     outputs = llm.answer(part.requests(), watch=watch)

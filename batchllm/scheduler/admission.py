@@ -34,7 +34,7 @@ class Admission:
         *,
         num_blocks: int,
         block_size: int,
-        max_num_batched_tokens: int,
+        step_tokens: int,
         max_num_seqs: int,
     ) -> None:
         self._state = state
@@ -45,7 +45,7 @@ class Admission:
         self._lengths = lengths
         self._num_blocks = num_blocks
         self._block_size = block_size
-        self._max_num_batched_tokens = max_num_batched_tokens
+        self.step_tokens = step_tokens
         self._max_num_seqs = max_num_seqs
         self._deviation: Floats = np.zeros(state.count)  # of the expected lengths
         self._all_known = True  # no deviation yet
@@ -126,7 +126,7 @@ class Admission:
         if over <= 0:
             return start, remaining
         # The last one takes more than this step. The next will do even if nobody finishes before?
-        budget = self._max_num_batched_tokens
+        budget = self.step_tokens
         if over <= budget - (len(self._running) + len(start) - 1):
             start[-1] = now + 1
         else:

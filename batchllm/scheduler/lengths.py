@@ -8,6 +8,8 @@ from numpy.typing import NDArray
 from batchllm.prefix.plan import PrefixPlan
 
 Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+_NONE: Floats = np.zeros(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,20 +90,32 @@ class LengthEstimator:
         """Whether more is expected of a plan's answers than that they may be so long."""
         return self.knows or all(p.ignore_eos or p.max_tokens == 1 for p in plan.params)
 
-    def drawn(self, plan: PrefixPlan) -> Ints:
+    def drawn(self, plan: PrefixPlan, so_far: Floats = _NONE) -> Ints:
         """Lengths as a plan's answers may have them, [num_leaves]: some short, some long.
 
         They are spread as those of recent rows are, where `expected` gives all rows that are alike
         the same. Always the same draw; who has which length means nothing.
+
+        Rows that finish first have short answers. What the others have by now (`so_far`, shares of
+        what they may have, [n]) is made up for as Kaplan and Meier do (1958): a share's probability
+        is that of ending there among all who got as far.
         """
         leaf_row = plan.tree.leaf_row
         most = plan.max_tokens[leaf_row]
         if not self.knows:
             return most
         known = np.array([p.ignore_eos for p in plan.params], dtype=np.bool_)
-        shares = self._recent[: min(self._count, self._WINDOW)]
-        places = np.random.default_rng(0).integers(0, len(shares), len(most))
-        lengths = np.maximum(np.rint(shares[places] * most), 1).astype(np.int64)
+        recent = self._recent[: min(self._count, self._WINDOW)]
+        shares = np.concatenate([recent, so_far])
+        ends = np.arange(len(shares)) < len(recent)
+        order = np.lexsort((~ends, shares))
+        shares, ends = shares[order], ends[order]
+        go_on = np.cumprod(1 - ends / np.arange(len(shares), 0, -1))
+        # Who outlives all is taken to go on for as long again.
+        shares = np.append(shares, min(2 * shares[-1], 1.0))
+        chances = -np.diff(go_on, prepend=1.0, append=0.0)
+        picked = np.random.default_rng(0).choice(shares, len(most), p=chances)
+        lengths = np.maximum(np.rint(picked * most), 1).astype(np.int64)
         return np.where(known[plan.params_index[leaf_row]], most, lengths)
 
     def _sort(self) -> None:

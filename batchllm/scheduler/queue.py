@@ -30,6 +30,15 @@ class AdmissionQueue:
             del self._returned[-returned:]
         self._next += count - returned
 
+    def not_begun(self) -> Ints:
+        """Those that were never admitted, in order."""
+        return self._order[self._next :]
+
+    def rearrange(self, order: Ints) -> None:
+        """Give those that were never admitted another order."""
+        assert np.array_equal(np.sort(order), np.sort(self.not_begun())), "others were asked for"
+        self._order, self._next = order, 0
+
     def put_back(self, sequence: int) -> None:
         """Make a preempted sequence the head."""
         self._returned.append(sequence)

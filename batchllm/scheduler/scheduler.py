@@ -22,6 +22,7 @@ from batchllm.scheduler.running import Running
 from batchllm.scheduler.state import NOBODY, ChildCount, Segments
 
 Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
 _NONE: Ints = np.zeros(0, dtype=np.int64)
 _NO_WORK = Work(_NONE, _NONE, _NONE, np.zeros(0, dtype=np.bool_))
 
@@ -78,9 +79,6 @@ class Scheduler:
         self._running = Running(state)
         self._idle = IdleNodes(state, self._tables, self.pool)
         self._expected = None
-        self._step_tokens = self._max_num_batched_tokens
-        if plan.step_tokens is not None:
-            self._step_tokens = min(self._step_tokens, plan.step_tokens)
         order = state.of_leaf[plan.leaf_order]
         fits = self._blocks_alone(order) <= self.pool.num_blocks
         self._num_unfinished = int(fits.sum())
@@ -94,13 +92,32 @@ class Scheduler:
             self.lengths,
             num_blocks=self.pool.num_blocks,
             block_size=self.pool.block_size,
-            max_num_batched_tokens=self._step_tokens,
+            step_tokens=self._at_most(plan.step_tokens),
             max_num_seqs=self._max_num_seqs,
         )
         failed = order[~fits]
         self._projection.give_up(failed)
         self._unfinished.remove(failed)
         return self._finished(failed, ["kv_memory"] * len(failed))
+
+    def leaves_not_begun(self) -> Ints:
+        """The leaves whose sequences were never admitted, in order."""
+        return self._state.leaf[self._queue.not_begun()]
+
+    def rearrange(self, plan: PrefixPlan) -> None:
+        """Go on as if the window had been planned so, with those that have not begun."""
+        waits = np.zeros(plan.tree.num_leaves, dtype=np.bool_)
+        waits[self.leaves_not_begun()] = True
+        order = plan.leaf_order[waits[plan.leaf_order]]
+        self._queue.rearrange(self._state.of_leaf[order])
+        self._admission.step_tokens = self._at_most(plan.step_tokens)
+        self._admission.is_open = True
+
+    def shares_so_far(self) -> Floats:
+        """How much of what it may have each running answer has by now, if its end is not known."""
+        state, running = self._state, self._running.sequences()
+        unsure = running[~state.ignore_eos[running]]
+        return state.num_outputs[unsure] / state.max_tokens[unsure]
 
     def running_leaves(self) -> Ints:
         """The leaves whose sequences run; see `StepScheduler`."""
@@ -132,10 +149,10 @@ class Scheduler:
         self._admission.revise_overdue()
         decodes = self._grow_decodes()
         num_decodes = len(decodes.segments)
-        work = self._prefill(self._step_tokens - num_decodes)
+        work = self._prefill(self._admission.step_tokens - num_decodes)
         while num_decodes == 0 and len(work.segments) == 0:
             self._preempt_last()
-            work = self._prefill(self._step_tokens)
+            work = self._prefill(self._admission.step_tokens)
         tables = self._tables if ends is None else None  # a simulation moves no data
         batch = assemble(state, tables, running.nodes, decodes.with_(work), num_decodes)
         if self._expected is not None:
@@ -313,6 +330,10 @@ class Scheduler:
         state.num_computed[decodes] = computed
         self.stats.steps += steps - 1
         return replace(batch, num_steps=steps)
+
+    def _at_most(self, step_tokens: int | None) -> int:
+        most = self._max_num_batched_tokens
+        return most if step_tokens is None else min(most, step_tokens)
 
     # Memory
 

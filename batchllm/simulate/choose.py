@@ -178,13 +178,18 @@ class _Trials:
         return _simulate(plan, self._outputs, choice.policy, self._limits, self._costs)
 
 
-def sample_leaves(plan: PrefixPlan) -> tuple[PrefixPlan, Ints]:
-    """A plan of as many of the leaves as are simulated in a moment, and which they were."""
+def sample_leaves(plan: PrefixPlan, among: Ints | None = None) -> tuple[PrefixPlan, Ints]:
+    """A plan of as many of the leaves as are simulated in a moment, and which they were.
+
+    `among` are the leaves in question, ascending; None are all.
+    """
     tree, most = plan.tree, _LARGE if compiled_simulator() else _SMALL
-    if tree.num_leaves <= most:
-        return plan, np.arange(tree.num_leaves)
-    starts = np.linspace(0, tree.num_leaves - _RUN, most // _RUN).astype(np.int64)
-    leaves = np.unique((starts[:, None] + np.arange(_RUN)).ravel())
+    leaves = np.arange(tree.num_leaves) if among is None else among
+    if len(leaves) > most:
+        starts = np.linspace(0, len(leaves) - _RUN, most // _RUN).astype(np.int64)
+        leaves = leaves[np.unique((starts[:, None] + np.arange(_RUN)).ravel())]
+    if len(leaves) == tree.num_leaves:
+        return plan, leaves
     rows = tree.leaf_row[leaves]
     tokens = RaggedTokens.from_sequences([plan.tokens[row] for row in rows.tolist()])
     sample = plan_tokens(

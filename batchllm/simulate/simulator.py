@@ -1,5 +1,6 @@
 """The real scheduler, with the cost model in the model's place."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,8 +42,16 @@ class SimulatedRun:
         return busy + self.overhead_seconds - self.hidden_seconds
 
 
+def _ignore(num_ended: int) -> None:
+    pass
+
+
 def simulate(
-    plan: PrefixPlan, outputs: Ints, scheduler: StepScheduler, costs: CostModel
+    plan: PrefixPlan,
+    outputs: Ints,
+    scheduler: StepScheduler,
+    costs: CostModel,
+    on_ended: Callable[[int], None] = _ignore,
 ) -> SimulatedRun:
     """Run `plan` to its end.
 
@@ -53,11 +62,12 @@ def simulate(
             beforehand only of rows that ignore it.
         scheduler: a fresh one.
         costs: the machine and the model.
+        on_ended: told after every step how many answers have ended.
     """
     ends = np.minimum(outputs, plan.max_tokens[plan.tree.leaf_row])
     failed = len(scheduler.add(plan))
     gemm = head = attention = overhead = hidden = 0.0
-    output_tokens = 0
+    output_tokens, num_ended = 0, failed
     while scheduler.has_unfinished:
         batch = scheduler.schedule(ends)
         cost = costs.cost(batch)
@@ -67,7 +77,8 @@ def simulate(
         samples = batch.samples
         last = samples.output_position + batch.num_steps >= ends[samples.leaf]
         tokens = last.astype(np.int32) * np.int32(END_TOKEN)
-        scheduler.update(batch, StepOutput(tokens))
+        num_ended += len(scheduler.update(batch, StepOutput(tokens)))
+        on_ended(num_ended)
         output_tokens += len(samples) * batch.num_steps
     stats = scheduler.stats
     return SimulatedRun(

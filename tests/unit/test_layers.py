@@ -49,6 +49,7 @@ ALLOWED = {
     "outputs": {"errors", "request", "metrics", "prefix", "scheduler", "text"},
     "prompting": {"errors", "config", "models", "text"},
     "watch": {"prefix", "request", "scheduler"},
+    "planning": {"request", "prefix", "scheduler", "simulate"},
     "replica_messages": {"child", "config", "metrics", "models", "request", "runner"},
     "replicas": {
         *("errors", "request", "config", "metrics", "prefix", "scheduler", "simulate"),
@@ -61,7 +62,7 @@ ALLOWED = {
     "api": {
         "watch",
         *("errors", "request", "config", "metrics", "engine", "prefix", "cache"),
-        *("outputs", "prompting", "describe", "replica_messages", "replicas"),
+        *("outputs", "planning", "prompting", "describe", "replica_messages", "replicas"),
         *("scheduler", "simulate", "runner", "models", "text", "io"),
     },
     "polars": {"errors", "integrations"},
