@@ -62,7 +62,7 @@ class _Result(Structure):
 
 
 def compiled_simulator() -> CompiledSimulator | None:
-    """`simulate` on a fresh `Scheduler` with such limits, a hundred times as fast.
+    """`simulate` on a fresh `Scheduler` with such limits, twenty to a hundred times as fast.
 
     It makes the same steps and says the same of them. None where it was not compiled.
     """
