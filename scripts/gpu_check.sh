@@ -51,6 +51,9 @@ library = Path("batchllm/native") / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX
 cuda_build.build_library(cuda_build.find_nvcc(), library)
 print(library)
 PYTHON
+suffix=$("$python" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
+try simulator g++ -std=c++17 -O3 -ffp-contract=off -fPIC -shared \
+    batchllm/native/src/simulator/simulate.cpp -o "batchllm/native/_simulator$suffix"
 try tests timeout 200 "$python" -m pytest -q -m gpu tests/gpu -p no:cacheprovider --durations=10 \
     --ignore tests/gpu/test_flashinfer_on_gpu.py
 for name in "${!flashinfer[@]}"; do
