@@ -86,6 +86,9 @@ def cases() -> list[Case]:
         for share in (0.0, 0.05, 0.35, 0.85):
             build = partial(lengths.build, trace, sharing=share)
             found.append(Case(f"{trace}, {share:.0%} shared", "h100", random(build)))
+    # In 4,096 rows of this trace, the longest answer alone takes most of the run's steps.
+    whole = partial(lengths.build, "lmsys", rows=20_000, sharing=0.35)
+    found.append(Case("lmsys, 35% shared, 20,000 rows", "h100", random(whole)))
     for name, template in TEMPLATES.items():
         found.append(Case(name, "h100", partial(text_prompts, name, template)))
     return found
