@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,6 +21,7 @@ from batchllm.simulate.simulator import END_TOKEN, SimulatedRun, simulate
 Ints = NDArray[np.int64]
 CANDIDATES = ("dfs", "ratio", "dual-scan")  # on a draw, the first
 _LARGE, _SMALL = 16_384, 1024  # leaves that are simulated, compiled and not
+_WORTH_THREADS = 1024  # leaves
 _RUN = 64  # leaves taken together
 _MULTIPLE = 128  # products are computed in tiles of so many rows
 _LEAST_STEP = 256
@@ -111,19 +113,18 @@ def choose_policy(
         return Choice(CANDIDATES[0])
     plan, leaves = sample_leaves(plan)
     expected, outputs = expected[leaves], (expected if outputs is None else outputs)[leaves]
-    with ThreadPoolExecutor() as pool:
-        trials = _Trials(plan, expected, outputs, limits, costs, pool)
-        best = trials.best(map(Choice, CANDIDATES))
-        if not knows:
-            return best
+    trials = _Trials(plan, expected, outputs, limits, costs)
+    best = trials.best(map(Choice, CANDIDATES))
+    if not knows:
+        return best
+    if costs.overlaps:
+        trials.best(trials.thinner(best))
+        best = trials.best(trials.by_any_policy())
+    if expected.min() < expected.max():
+        best = trials.best(trials.earlier())
         if costs.overlaps:
             trials.best(trials.thinner(best))
             best = trials.best(trials.by_any_policy())
-        if expected.min() < expected.max():
-            best = trials.best(trials.earlier())
-            if costs.overlaps:
-                trials.best(trials.thinner(best))
-                best = trials.best(trials.by_any_policy())
     return best
 
 
@@ -137,17 +138,16 @@ class _Trials:
         outputs: Ints,
         limits: SchedulerLimits,
         costs: CostModel,
-        pool: ThreadPoolExecutor,
     ) -> None:
         self.runs: dict[Choice, SimulatedRun] = {}
         self._plans = {policy: reorder(plan, policy, expected) for policy in CANDIDATES}
         self._expected, self._outputs = expected, outputs
-        self._limits, self._costs, self._pool = limits, costs, pool
+        self._limits, self._costs = limits, costs
 
     def best(self, choices: Iterable[Choice]) -> Choice:
         """The best of all that were tried, these too."""
         new = [choice for choice in choices if choice not in self.runs]
-        self.runs |= zip(new, self._pool.map(self._run, new), strict=True)
+        self.runs |= zip(new, self._run_all(new), strict=True)
         return min(self.runs, key=lambda choice: self.runs[choice].seconds)
 
     def thinner(self, choice: Choice) -> list[Choice]:
@@ -172,6 +172,13 @@ class _Trials:
             pace = float(self._expected.sum()) / self.runs[best].steps
             found += [replace(best, outputs_per_step=pace / part) for part in _EARLY]
         return found
+
+    def _run_all(self, choices: list[Choice]) -> list[SimulatedRun]:
+        """Side by side, if that is worth threads and memory is not too short to start any."""
+        if len(self._outputs) >= _WORTH_THREADS:
+            with suppress(RuntimeError), ThreadPoolExecutor() as pool:
+                return list(pool.map(self._run, choices))
+        return [self._run(choice) for choice in choices]
 
     def _run(self, choice: Choice) -> SimulatedRun:
         plan = choice.arrange(self._plans[choice.policy], self._expected)

@@ -65,7 +65,11 @@ class SecondLook:
             knows=lengths.knows_of(plan),
         )
         pool = ThreadPoolExecutor(max_workers=1)
-        choosing = pool.submit(choose)
+        try:
+            choosing = pool.submit(choose)
+        except RuntimeError:  # memory is too short to start a thread
+            choosing = Future()
+            choosing.set_result(choose())
         pool.shutdown(wait=False)
         return choosing
 
