@@ -24,7 +24,7 @@ from batchllm.runner.fake_runner import FakeRunner
 from batchllm.scheduler.factory import SchedulerLimits, make_scheduler
 from batchllm.scheduler.lengths import LengthEstimator
 from batchllm.scheduler.scheduler import Scheduler
-from batchllm.simulate import second_look
+from batchllm.simulate import choose, second_look
 from batchllm.simulate.choose import Choice
 from batchllm.simulate.cost import CostModel
 from batchllm.simulate.second_look import SecondLook
@@ -169,3 +169,17 @@ def test_a_table_is_answered_alike_whatever_is_chosen(monkeypatch):
     assert len(rearranged) == 1 and 10 < rearranged[0] < 86
     llm.generate(prompts, SamplingParams(max_tokens=40))  # now lengths are known from the first
     assert len(rearranged) == 1
+
+
+def test_no_thread_can_be_started(monkeypatch):
+    monkeypatch.setattr(choose, "_WORTH_THREADS", 1)
+    usual = Window()
+    expected = usual.run()
+
+    def start(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("threading.Thread.start", start)
+    window = Window()
+    assert window.run() == expected
+    assert window.chosen == usual.chosen
