@@ -2,9 +2,10 @@
 // before a window begins, and each is thousands of steps.
 //
 // It makes the very steps that scheduler/scheduler.py makes and costs them as simulate/cost.py does;
-// a test holds the two together over random windows. Where the Python has operations on arrays here
-// are loops, names are the same, and so are the files: whoever changes one changes the other. Nothing
-// is here that a simulation has no use for: tokens, blocks by name, results that come late.
+// a test compares what both say of random windows. Where the Python has operations on arrays here are
+// loops; names are the same, and each file says whose twin it is: whoever changes one changes the
+// other. Nothing is here that a simulation has no use for: tokens, blocks by name, results that come
+// late.
 #include "simulate.h"
 
 #include "cost.h"
