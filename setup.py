@@ -17,17 +17,18 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
+BF16 = [*AVX512, "-mavx512vnni", "-mavx512bf16"]
 TARGETS = {"portable": []}
 if platform.machine() in ("x86_64", "AMD64"):
     TARGETS |= {
         "avx2": ["-mavx2", "-mfma"],
         "avx512": AVX512,
         "avx512_vnni": [*AVX512, "-mavx512vnni"],
-        "avx512_bf16": [*AVX512, "-mavx512vnni", "-mavx512bf16"],
+        "avx512_bf16": BF16,
+        "amx": [*BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"],
     }
 SOURCES = [f"batchllm/native/src/{name}.cpp" for name in ("attention", "elementwise", "linear")]
-HEADERS = [source.replace(".cpp", ".h") for source in SOURCES]
-HEADERS += [f"batchllm/native/src/{name}.h" for name in ("ahead", "products", "simd")]
+HEADERS = sorted(map(str, Path("batchllm/native/src").glob("*.h")))
 DEPENDS = [*HEADERS, "setup.py"]  # the flags are here
 SIMULATOR = Path("batchllm/native/src/simulator")
 # The warnings are about GCC's own intrinsics.

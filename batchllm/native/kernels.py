@@ -14,9 +14,11 @@ from pathlib import Path
 _HERE = Path(__file__).parent
 _CPUINFO = Path("/proc/cpuinfo")
 _AVX512 = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"})
+_AVX512_BF16 = _AVX512 | {"avx512_vnni", "avx512_bf16"}
 # Best first, with the processor's flags that each needs.
 _NEEDS: dict[str, frozenset[str]] = {
-    "avx512_bf16": _AVX512 | {"avx512_vnni", "avx512_bf16"},
+    "amx": _AVX512_BF16 | {"amx_tile", "amx_bf16", "amx_int8"},
+    "avx512_bf16": _AVX512_BF16,
     "avx512_vnni": _AVX512 | {"avx512_vnni"},
     "avx512": _AVX512,
     "avx2": frozenset({"avx2", "fma"}),
@@ -30,6 +32,8 @@ class NativeKernels:
     def __init__(self, target: str, path: Path) -> None:
         self.target = target
         library = ctypes.CDLL(str(path))
+        if not library.batchllm_may_run():
+            raise OSError(f"{path.name}: Linux does not let this process use matrix tiles")
         self.attention = library.batchllm_attention
         self.attention.argtypes = [c_void_p, c_void_p]
         self.add_rms_norm = library.batchllm_add_rms_norm
@@ -63,7 +67,7 @@ def usable_targets(cpuinfo: Path = _CPUINFO, home: Path = _HERE) -> list[str]:
 
 
 def has_tiles(cpuinfo: Path = _CPUINFO) -> bool:
-    """Whether the processor multiplies in matrix tiles (AMX), which these kernels do not."""
+    """Whether the processor multiplies in matrix tiles (AMX)."""
     return "amx_tile" in _flags(cpuinfo)
 
 

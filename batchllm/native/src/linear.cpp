@@ -13,14 +13,18 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <type_traits>
 
+#include "linear_tiles.h"
 #include "products.h"
 
 namespace {
 
-#if defined(__AVX512F__)
+#if defined(BATCHLLM_TILES)
+constexpr int LINEAR_ROWS = 12, LINEAR_COLUMNS = 2;  // for what does not fit tiles
+#elif defined(__AVX512F__)
 constexpr int LINEAR_ROWS = 8, LINEAR_COLUMNS = 3;
 #else
 constexpr int LINEAR_ROWS = 6, LINEAR_COLUMNS = 2;
@@ -76,11 +80,16 @@ INLINE void multiply_some(
         multiply_some<In, Out, R - 1>(rows, linear, x, row_scales, panel, out);
 }
 
-// All rows times all panels; called by every thread of a parallel region.
+// All rows times all panels; called by every thread of a parallel region, `taken` being 0.
 template <typename In, typename Out>
 void multiply(
     const PackedLinear& linear, int64_t rows, const typename In::Value* x, const float* row_scales,
-    typename Out::Value* out) {
+    typename Out::Value* out, std::atomic<int64_t>& taken) {
+#if defined(BATCHLLM_TILES)
+    if constexpr (!std::is_same_v<In, Float32Product>)
+        if (fits_tiles<In>(linear))
+            return multiply_tiles<In, Out>(linear, rows, x, row_scales, out, taken);
+#endif
     const int64_t panels = (linear.outputs + PANEL - 1) / PANEL;
     const int64_t strips = (rows + LINEAR_ROWS - 1) / LINEAR_ROWS;
     const int64_t strip_bytes = LINEAR_ROWS * linear.inputs * int64_t(sizeof(*x));
@@ -134,6 +143,7 @@ void linear_int8(
     int64_t rows, const PackedLinear& linear, const void* x, void* memory, float* row_scales,
     void* out) {
     Int8Product::Value* rounded = static_cast<Int8Product::Value*>(memory);
+    std::atomic<int64_t> taken{0};
 #pragma omp parallel
     {
 #pragma omp for schedule(static)
@@ -142,7 +152,7 @@ void linear_int8(
                 static_cast<const typename T::Value*>(x) + i * linear.inputs, linear.inputs,
                 rounded + i * linear.inputs);
         multiply<Int8Product, T>(
-            linear, rows, rounded, row_scales, static_cast<typename T::Value*>(out));
+            linear, rows, rounded, row_scales, static_cast<typename T::Value*>(out), taken);
     }
 }
 
@@ -151,21 +161,24 @@ void linear_plain(
     int64_t rows, const PackedLinear& linear, const void* x, void* memory, void* out) {
     const auto* from = static_cast<const typename T::Value*>(x);
     auto* to = static_cast<typename T::Value*>(out);
+    std::atomic<int64_t> taken{0};
 #pragma omp parallel
     if constexpr (std::is_same_v<typename Product::Value, typename T::Value>) {
-        multiply<Product, T>(linear, rows, from, nullptr, to);
+        multiply<Product, T>(linear, rows, from, nullptr, to, taken);
     } else {
         float* widened = static_cast<float*>(memory);
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < rows; i++)
             widen_row<T>(from + i * linear.inputs, linear.inputs, widened + i * linear.inputs);
-        multiply<Product, T>(linear, rows, widened, nullptr, to);
+        multiply<Product, T>(linear, rows, widened, nullptr, to, taken);
     }
 }
 
 }  // namespace
 
 extern "C" {
+
+int32_t batchllm_may_run() { return may_use_tiles(); }
 
 int32_t batchllm_panel_width() { return PANEL; }
 

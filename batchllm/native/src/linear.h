@@ -16,6 +16,9 @@ struct PackedLinear {
     const float* bias;
 };
 
+// Asks whatever must be asked before anything else of this library is called; 0 if it may not be.
+int32_t batchllm_may_run();
+
 // How many outputs a panel has.
 int32_t batchllm_panel_width();
 

@@ -6,7 +6,9 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <memory>
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -34,6 +36,21 @@ template <typename V>
 INLINE void store(void* to, V v) {
     std::memcpy(to, &v, sizeof v);
 }
+
+// Memory that begins with a line of the cache, so that no vector lies in two; not set to anything.
+template <typename V>
+class Lines {
+    struct Free {
+        void operator()(V* memory) const { std::free(memory); }
+    };
+    std::unique_ptr<V[], Free> memory;
+
+  public:
+    explicit Lines(size_t size)
+        : memory(static_cast<V*>(std::aligned_alloc(64, (size * sizeof(V) / 64 + 1) * 64))) {}
+    V* data() { return memory.get(); }
+    V& operator[](size_t i) { return memory[i]; }
+};
 
 INLINE Floats broadcast(float x) { return Floats{} + x; }
 

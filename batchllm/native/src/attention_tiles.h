@@ -1,0 +1,161 @@
+// Attention in matrix tiles: up to 32 rows of queries with a pass of keys and values, in bfloat16.
+//
+// A panel of keys is a tile for each 32 values of a head, and 32 tokens' values one for each 16. Where
+// blocks are smaller than that, or end, values are copied together, zeros behind the last.
+#pragma once
+
+#include "attention_state.h"
+
+#if defined(BATCHLLM_TILES)
+constexpr int TILE_VALUES = TILE_BYTES / 2;  // of bfloat16: a tile's summed axis
+static_assert(W == 16 && KEYS % TILE_VALUES == 0, "whole tiles of keys");
+
+// Fetches a pass's worth of what comes; see Ahead.
+INLINE void fetch_part(Ahead<Bfloat16>& ahead, const Pass<Bfloat16>& pass) {
+    const auto part = ahead.take(pass.panels[0]);
+    if (part.keys == pass.panels[0]) return;
+    for (int d = 0; d < pass.head_dim; d += Bfloat16::GROUP) {
+        __builtin_prefetch(part.keys + d * W);
+        __builtin_prefetch(part.values + d * W);
+    }
+}
+
+// Scores of TILES * 16 rows with `num_panels` panels of keys; up to three more may be written.
+template <int TILES>
+INLINE void multiply_keys_tiles(
+    Scratch<Bfloat16>& scratch, const Pass<Bfloat16>& pass, int first, int num_panels) {
+    constexpr int AT_ONCE = TILES == 2 ? 2 : 4, ROW = KEYS * sizeof(float);
+    const int head_dim = pass.head_dim, row_bytes = head_dim * 2;
+    const uint16_t* queries = scratch.copied.data() + int64_t(first) * head_dim;
+    for (int n = 0; n < num_panels; n += AT_ONCE) {
+        const uint16_t* panels[AT_ONCE];
+        for (int i = 0; i < AT_ONCE; i++) {
+            panels[i] = pass.panels[std::min(n + i, num_panels - 1)];
+            if (n + i < num_panels) fetch_part(scratch.ahead, pass);
+        }
+        clear_tile<0>(), clear_tile<1>(), clear_tile<2>(), clear_tile<3>();
+        for (int d = 0; d < head_dim; d += TILE_VALUES) {
+            load_tile<4>(queries + d, row_bytes);
+            load_tile<6>(panels[0] + d * W, TILE_BYTES);
+            load_tile<7>(panels[1] + d * W, TILE_BYTES);
+            multiply_bfloat16<0, 4, 6>();
+            multiply_bfloat16<1, 4, 7>();
+            if constexpr (TILES == 2) {
+                load_tile<5>(queries + TILE_ROWS * head_dim + d, row_bytes);
+                multiply_bfloat16<2, 5, 6>();
+                multiply_bfloat16<3, 5, 7>();
+            } else {
+                load_tile<5>(panels[2] + d * W, TILE_BYTES);
+                load_tile<6>(panels[3] + d * W, TILE_BYTES);
+                multiply_bfloat16<2, 4, 5>();
+                multiply_bfloat16<3, 4, 6>();
+            }
+        }
+        float* scores = scratch.scores.data() + n * W;
+        float* others = TILES == 2 ? scores + TILE_ROWS * KEYS : scores + 2 * W;
+        store_tile<0>(scores, ROW);
+        store_tile<1>(scores + W, ROW);
+        store_tile<2>(others, ROW);
+        store_tile<3>(others + W, ROW);
+    }
+}
+
+// sums[row] = weights[row] . values, of TILES * 16 rows over `count` keys.
+template <int TILES>
+INLINE void multiply_values_tiles(Scratch<Bfloat16>& scratch, const Pass<Bfloat16>& pass, int count) {
+    constexpr int AT_ONCE = TILES == 2 ? 2 : 4, ROW = KEYS * 2;
+    const int head_dim = pass.head_dim, out_bytes = head_dim * sizeof(float);
+    const int value_bytes = head_dim * 4;  // a pair of tokens'
+    for (int d = 0; d < head_dim; d += AT_ONCE * W) {
+        const bool whole = d + AT_ONCE * W <= head_dim;  // with four at once there may be two left
+        clear_tile<0>(), clear_tile<1>(), clear_tile<2>(), clear_tile<3>();
+        for (int key = 0; key < count; key += TILE_VALUES) {
+            const uint16_t* values = scratch.groups[key / TILE_VALUES] + d * 2;
+            const uint16_t* weights = scratch.weights.data() + key;
+            load_tile<4>(weights, ROW);
+            load_tile<6>(values, value_bytes);
+            load_tile<7>(values + W * 2, value_bytes);
+            multiply_bfloat16<0, 4, 6>();
+            multiply_bfloat16<1, 4, 7>();
+            if constexpr (TILES == 2) {
+                load_tile<5>(weights + TILE_ROWS * KEYS, ROW);
+                multiply_bfloat16<2, 5, 6>();
+                multiply_bfloat16<3, 5, 7>();
+            } else if (whole) {
+                load_tile<5>(values + 2 * W * 2, value_bytes);
+                load_tile<6>(values + 3 * W * 2, value_bytes);
+                multiply_bfloat16<2, 4, 5>();
+                multiply_bfloat16<3, 4, 6>();
+            }
+        }
+        float* sums = scratch.sums.data() + d;
+        store_tile<0>(sums, out_bytes);
+        store_tile<1>(sums + W, out_bytes);
+        if (TILES == 2 || whole) {
+            float* others = TILES == 2 ? sums + TILE_ROWS * head_dim : sums + 2 * W;
+            store_tile<2>(others, out_bytes);
+            store_tile<3>(others + W, out_bytes);
+        }
+    }
+}
+
+template <int TILES>
+void attend_tiles(
+    int rows, Scratch<Bfloat16>& scratch, const Pass<Bfloat16>& pass, int first, int count,
+    const int* seen) {
+    const int head_dim = pass.head_dim;
+    const int num_panels = (count + TILE_VALUES - 1) / TILE_VALUES * (TILE_VALUES / W);
+    multiply_keys_tiles<TILES>(scratch, pass, first, (count + W - 1) / W);
+    Floats keep[TILES];
+    for (int t = 0; t < TILES; t++)
+        keep[t] = weigh_rows<Bfloat16>(
+            scratch, first + t * TILE_ROWS, t * TILE_ROWS,
+            std::min(TILE_ROWS, rows - t * TILE_ROWS), seen + t * TILE_ROWS, num_panels,
+            pass.scale);
+    multiply_values_tiles<TILES>(scratch, pass, count);
+    float* out = scratch.out.data() + int64_t(first) * head_dim;
+    const float* sums = scratch.sums.data();
+    for (int r = 0; r < rows; r++, out += head_dim, sums += head_dim)
+        for (int d = 0; d < head_dim; d += W)
+            store(
+                out + d, load<Floats>(out + d) * keep[r / TILE_ROWS][r % TILE_ROWS] +
+                             load<Floats>(sums + d));
+}
+
+// See InVectors.
+struct InTiles {
+    static constexpr int MOST = 2 * TILE_ROWS;
+    static constexpr bool COPIES = true;
+
+    static bool fit(int head_dim) { return head_dim % TILE_VALUES == 0; }
+    static void begin_thread() {
+        shape_tiles(TileShape(TILE_ROWS, TILE_ROWS, TILE_ROWS, TILE_ROWS));
+    }
+    static void end_thread() { release_tiles(); }
+
+    static void begin_pass(Scratch<Bfloat16>& scratch, const Pass<Bfloat16>& pass) {
+        const int words = pass.head_dim;  // a pair of tokens'
+        for (int key = 0; key < pass.count; key += TILE_VALUES) {
+            uint16_t* to = scratch.values.data() + key * pass.head_dim;
+            const bool whole = pass.step >= TILE_VALUES && key + TILE_VALUES <= pass.count;
+            scratch.groups[key / TILE_VALUES] = whole ? pass.values_of(key) : to;
+            for (int k = key; !whole && k < key + TILE_VALUES; k += 2, to += words * 2) {
+                const uint16_t* from = k < pass.count ? pass.values_of(k) : nullptr;
+                for (int d = 0; d < words; d += W) {
+                    Words pairs{};
+                    if (from != nullptr) pairs = load<Words>(from + d * 2);
+                    if (k + 1 == pass.count) pairs = Bfloat16::first_of_group(pairs, 1);
+                    store(to + d * 2, pairs);
+                }
+            }
+        }
+    }
+
+    static void attend(
+        int rows, Scratch<Bfloat16>& scratch, const Pass<Bfloat16>& pass, int first, int count,
+        const int* seen) {
+        (rows > TILE_ROWS ? attend_tiles<2> : attend_tiles<1>)(
+            rows, scratch, pass, first, count, seen);
+    }
+};
+#endif

@@ -1,0 +1,238 @@
+// A strip of rows times a panel in matrix tiles.
+#pragma once
+
+#include <omp.h>
+
+#include <algorithm>
+#include <atomic>
+
+#include "linear.h"
+#include "products.h"
+#include "tiles.h"
+
+#if defined(BATCHLLM_TILES)
+constexpr int TILE_STRIP = 2 * TILE_ROWS;  // rows
+constexpr int TILE_PANEL = 2 * W;          // outputs
+constexpr int64_t TILE_BLOCK_BYTES = 768 * 1024;  // of x, in the second-level cache
+
+// tile SUM += A . B, whatever In's values are.
+template <typename In, int SUM, int A, int B>
+INLINE void multiply_tile() {
+    if constexpr (In::SCALED)
+        multiply_bytes<SUM, A, B>();
+    else
+        multiply_bfloat16<SUM, A, B>();
+}
+
+// What is read next is fetched into the second-level cache while this is multiplied.
+struct Fetch {
+    const char *next, *end;
+
+    int lines_a_step(int64_t steps) const { return int((end - next + 64 * steps - 1) / (64 * steps)); }
+
+    INLINE void lines(int count) {
+        for (int i = 0; i < count && next < end; i++, next += 64)
+            __builtin_prefetch(next, 0, 2);
+    }
+};
+
+// The sums of a strip and a panel on their way to the outputs, while the next strip is multiplied:
+// what was stored from tiles is not read at once, and the vectors' work hides behind the tiles'.
+template <typename In, typename Out>
+class Outputs {
+    typedef typename In::Sums Sums;
+    alignas(64) Sums sums[TILE_STRIP][2];
+    Sums start[2]{};
+    Floats scale[2]{}, bias[2]{};
+    const float* row_scales = nullptr;
+    typename Out::Value* out = nullptr;
+    int64_t stride = 0, left = 0;
+    int row = 0, rows = 0;
+
+  public:
+    // Tiles FIRST and its neighbour are the sums of the rows from `at` on.
+    template <int FIRST>
+    INLINE void store(int at) {
+        store_tile<FIRST>(sums[at], sizeof sums[0]);
+        store_tile<FIRST + 1>(&sums[at][1], sizeof sums[0]);
+    }
+
+    // What was stored is this: `count` rows of x, `scales` and `to` being theirs.
+    INLINE void begin(
+        const PackedLinear& linear, int64_t panel, int count, const float* scales,
+        typename Out::Value* to) {
+        const int64_t first = panel * TILE_PANEL;
+        for (int n = 0; n < 2; n++) {
+            if constexpr (In::SCALED) {
+                start[n] = load<Sums>(linear.starts + first + n * W);
+                scale[n] = load<Floats>(linear.scales + first + n * W);
+            }
+            if (linear.bias != nullptr) bias[n] = load<Floats>(linear.bias + first + n * W);
+        }
+        row_scales = scales;
+        out = to + first;
+        stride = linear.outputs;
+        left = linear.outputs - first;
+        row = 0;
+        rows = count;
+    }
+
+    // Writes the next `count` rows that wait, if there are.
+    INLINE void write(int count) {
+        for (const int end = std::min(row + count, rows); row < end; row++)
+            for (int n = 0; n < 2; n++) {
+                Floats v = In::floats(sums[row][n] + start[n]);
+                if constexpr (In::SCALED) v *= scale[n] * row_scales[row];
+                v += bias[n];
+                typename Out::Value* to = out + row * stride + n * W;
+                if (left >= TILE_PANEL)
+                    Out::narrow(to, v);
+                else
+                    for (int64_t i = 0; i < std::min<int64_t>(W, left - n * W); i++)
+                        to[i] = Out::put(v[i]);
+            }
+    }
+
+    INLINE void write_all() { write(TILE_STRIP); }
+};
+
+// Of more than TILE_ROWS rows, and at most TILE_STRIP.
+template <typename In, typename Out>
+void multiply_strip_tiles(
+    const PackedLinear& linear, int rows, const typename In::Value* x, const float* row_scales,
+    int64_t panel, typename Out::Value* out, Fetch fetch, Outputs<In, Out>& outputs) {
+    const int64_t row_bytes = linear.inputs * int64_t(sizeof(*x));
+    const int64_t steps = row_bytes / TILE_BYTES;
+    const char* weight = static_cast<const char*>(linear.panels) + panel * row_bytes * TILE_PANEL;
+    const char* upper = reinterpret_cast<const char*>(x);
+    const char* lower = upper + TILE_ROWS * row_bytes;
+    const int lines = fetch.lines_a_step(steps), written = int((TILE_STRIP + steps - 1) / steps);
+    clear_tile<0>(), clear_tile<1>(), clear_tile<2>(), clear_tile<3>();
+    for (int64_t k = 0; k < steps; k++, upper += TILE_BYTES, lower += TILE_BYTES) {
+        load_tile<6>(weight, 2 * TILE_BYTES);
+        load_tile<7>(weight + TILE_BYTES, 2 * TILE_BYTES);
+        load_tile_once<4>(upper, row_bytes);  // the panel is to stay in the first-level cache
+        load_tile_once<5>(lower, row_bytes);
+        multiply_tile<In, 0, 4, 6>();
+        multiply_tile<In, 1, 4, 7>();
+        multiply_tile<In, 2, 5, 6>();
+        multiply_tile<In, 3, 5, 7>();
+        fetch.lines(lines);
+        outputs.write(written);
+        weight += TILE_PANEL * TILE_BYTES;
+    }
+    outputs.template store<0>(0);
+    outputs.template store<2>(TILE_ROWS);
+    outputs.begin(linear, panel, rows, row_scales, out);
+}
+
+// At most TILE_ROWS rows, and PANELS panels side by side: sums wait for their last term.
+template <typename In, typename Out, int PANELS>
+void multiply_few_tiles(
+    const PackedLinear& linear, int rows, const typename In::Value* x, const float* row_scales,
+    int64_t panel, typename Out::Value* out, Fetch fetch, Outputs<In, Out>& outputs) {
+    const int64_t row_bytes = linear.inputs * int64_t(sizeof(*x));
+    const int64_t steps = row_bytes / TILE_BYTES, panel_bytes = row_bytes * TILE_PANEL;
+    const char* weight = static_cast<const char*>(linear.panels) + panel * panel_bytes;
+    const char* row = reinterpret_cast<const char*>(x);
+    const int lines = fetch.lines_a_step(steps), written = int((TILE_ROWS + steps - 1) / steps);
+    clear_tile<0>(), clear_tile<1>();
+    if constexpr (PANELS == 2) clear_tile<2>(), clear_tile<3>();
+    for (int64_t k = 0; k < steps; k++, row += TILE_BYTES) {
+        load_tile<4>(row, row_bytes);
+        load_tile<6>(weight, 2 * TILE_BYTES);
+        load_tile<7>(weight + TILE_BYTES, 2 * TILE_BYTES);
+        multiply_tile<In, 0, 4, 6>();
+        multiply_tile<In, 1, 4, 7>();
+        if constexpr (PANELS == 2) {
+            load_tile<5>(weight + panel_bytes, 2 * TILE_BYTES);
+            load_tile<6>(weight + panel_bytes + TILE_BYTES, 2 * TILE_BYTES);
+            multiply_tile<In, 2, 4, 5>();
+            multiply_tile<In, 3, 4, 6>();
+        }
+        fetch.lines(lines);
+        outputs.write(written);
+        weight += TILE_PANEL * TILE_BYTES;
+    }
+    outputs.write_all();
+    outputs.template store<0>(0);
+    outputs.begin(linear, panel, rows, row_scales, out);
+    if constexpr (PANELS == 2) {
+        outputs.write_all();
+        outputs.template store<2>(0);
+        outputs.begin(linear, panel + 1, rows, row_scales, out);
+    }
+}
+
+template <typename In>
+INLINE bool fits_tiles(const PackedLinear& linear) {
+    return linear.inputs * int64_t(sizeof(typename In::Value)) % TILE_BYTES == 0;
+}
+
+// Who takes which panels: a thread asks for its next ones before it needs them, to fetch them.
+class Panels {
+    std::atomic<int64_t>& taken;
+    const int64_t panels, pairs;  // pairs first, and as many for each thread
+
+  public:
+    const int64_t units;
+
+    Panels(std::atomic<int64_t>& taken, int64_t blocks, int64_t panels, bool in_pairs)
+        : taken(taken),
+          panels(panels),
+          pairs(in_pairs ? panels / 2 / omp_get_num_threads() * omp_get_num_threads() : 0),
+          units(blocks * (panels - pairs)) {}
+
+    int64_t take() { return taken.fetch_add(1, std::memory_order_relaxed); }
+    int64_t block(int64_t unit) const { return unit / (panels - pairs); }
+    int64_t first(int64_t unit) const {
+        const int64_t u = unit % (panels - pairs);
+        return u < pairs ? 2 * u : u + pairs;
+    }
+    int count(int64_t unit) const { return unit % (panels - pairs) < pairs ? 2 : 1; }
+};
+
+// All rows times all panels; called by every thread of a parallel region, `taken` being 0.
+template <typename In, typename Out>
+void multiply_tiles(
+    const PackedLinear& linear, int64_t rows, const typename In::Value* x, const float* row_scales,
+    typename Out::Value* out, std::atomic<int64_t>& taken) {
+    const int64_t row_bytes = linear.inputs * int64_t(sizeof(*x));
+    const int64_t panel_bytes = row_bytes * TILE_PANEL;
+    const int64_t strips = (rows + TILE_STRIP - 1) / TILE_STRIP;
+    const int64_t a_block = std::max<int64_t>(1, TILE_BLOCK_BYTES / (TILE_STRIP * row_bytes));
+    const int64_t blocks = (strips + a_block - 1) / a_block;
+    Panels work(taken, blocks, (linear.outputs + TILE_PANEL - 1) / TILE_PANEL, rows <= TILE_ROWS);
+    int shaped = 0;
+    Outputs<In, Out> outputs;
+    for (int64_t unit = work.take(), next; unit < work.units; unit = next) {
+        next = work.take();
+        const char* weight = static_cast<const char*>(linear.panels);
+        const char* coming = weight + (next < work.units ? work.first(next) * panel_bytes : 0);
+        const int64_t coming_bytes = next < work.units ? work.count(next) * panel_bytes : 0;
+        const int64_t panel = work.first(unit), block = work.block(unit);
+        const int64_t begin = strips * block / blocks, end = strips * (block + 1) / blocks;
+        for (int64_t s = begin; s < end; s++) {
+            const int64_t row = s * TILE_STRIP;
+            const int here = int(std::min<int64_t>(TILE_STRIP, rows - row));
+            if (here != shaped)
+                shape_tiles(
+                    here > TILE_ROWS
+                        ? TileShape(TILE_ROWS, here - TILE_ROWS, TILE_ROWS, here - TILE_ROWS)
+                        : TileShape(here, here, here, TILE_ROWS));
+            shaped = here;
+            const Fetch fetch{
+                coming + coming_bytes * (s - begin) / (end - begin),
+                coming + coming_bytes * (s + 1 - begin) / (end - begin)};
+            const auto multiply = here > TILE_ROWS        ? multiply_strip_tiles<In, Out>
+                                  : work.count(unit) == 2 ? multiply_few_tiles<In, Out, 2>
+                                                          : multiply_few_tiles<In, Out, 1>;
+            multiply(
+                linear, here, x + row * linear.inputs, row_scales + row, panel,
+                out + row * linear.outputs, fetch, outputs);
+        }
+    }
+    outputs.write_all();
+    release_tiles();
+}
+#endif
