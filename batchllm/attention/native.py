@@ -27,7 +27,7 @@ class _Step(ctypes.Structure):
     """`Step` of native/src/attention.h."""
 
     _fields_ = [
-        *[(name, c_int64) for name in ("num_tokens", "num_tiles")],
+        *[(name, c_int64) for name in ("num_tokens", "num_tiles", "num_blocks")],
         *[(name, c_int32) for name in ("num_heads", "num_kv_heads", "head_dim")],
         *[(name, c_int32) for name in ("block_size", "tile_size", "is_bfloat16")],
         ("pass_keys", c_int32),
@@ -169,22 +169,22 @@ class NativePlan:
         num_tokens, width, head_dim = qkv.shape
         num_heads = width - 2 * keys.shape[2]
         if self._tiles is None:
-            self._tiles = self._prepare(num_heads, keys.shape[2], head_dim, qkv.dtype)
+            self._tiles = self._prepare(num_heads, keys.shape, qkv.dtype)
         out = qkv.new_empty(num_tokens, num_heads * head_dim)
         layer = _Layer(qkv.data_ptr(), keys.data_ptr(), values.data_ptr(), out.data_ptr())
         self._kernels.attention(ctypes.byref(self._step), ctypes.byref(layer))
         return out
 
-    def _prepare(
-        self, num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
-    ) -> Tiles:
+    def _prepare(self, num_heads: int, cache: torch.Size, dtype: torch.dtype) -> Tiles:
         items, num_tokens = self._input.items, len(self._input.token_ids)
+        num_blocks, _, num_kv_heads, head_dim = cache
         even = num_tokens * num_kv_heads // (_UNITS_A_THREAD * torch.get_num_threads())
         tiles = Tiles.of(
             items, num_tokens, max(1, min(even, _TILE_ROWS * num_kv_heads // num_heads))
         )
         step = self._step
         step.num_tokens, step.num_tiles = num_tokens, len(tiles.order)
+        step.num_blocks = num_blocks
         step.tile_size = int(np.diff(tiles.begin).max())
         step.num_heads, step.num_kv_heads, step.head_dim = num_heads, num_kv_heads, head_dim
         step.block_size, step.is_bfloat16 = self._block_size, dtype == torch.bfloat16

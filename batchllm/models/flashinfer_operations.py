@@ -36,6 +36,12 @@ class FlashInferOperations:
         """See `Operations`."""
         return self._rest.pack_float8(weight, bias)
 
+    def pack_gated(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, quantization: str | None
+    ) -> Product | None:
+        """See `Operations`."""
+        return self._rest.pack_gated(weight, bias, quantization)
+
     def add_rms_norm(
         self, hidden: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float
     ) -> torch.Tensor:

@@ -55,6 +55,35 @@ class Linear:
         self.weight = None
 
 
+class GatedLinear(Linear):
+    """silu(x @ gate.T) * (x @ up.T); `weight` is [gate; up].
+
+    `activate` takes both from [rows, 2 * size] to [rows, size] where no product does it as well.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        size: int,
+        *,
+        dtype: torch.dtype,
+        activate: Callable[[torch.Tensor], torch.Tensor],
+        bias: bool = False,
+    ) -> None:
+        super().__init__(inputs, 2 * size, dtype=dtype, bias=bias)
+        self._activate = activate
+        self._gated: Product | None = None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[rows, inputs] to [rows, size]."""
+        return self._activate(super().__call__(x)) if self._gated is None else self._gated(x)
+
+    def pack_gated(self, product: Product) -> None:
+        """Take a product that does all of it instead of the weight."""
+        self._gated = product
+        self.weight = None
+
+
 def pack_torch(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
     """For oneDNN, where torch's can and gains by it, else as it is.
 

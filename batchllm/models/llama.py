@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from batchllm.errors import ModelError
 from batchllm.models.config import ModelConfig
-from batchllm.models.linear import Linear
+from batchllm.models.linear import GatedLinear, Linear
 from batchllm.models.operations import Operations
 from batchllm.models.parallel import WHOLE, Shard
 from batchllm.models.rope import RotaryEmbedding
@@ -29,7 +29,7 @@ class LlamaLayer:
     qkv: Linear
     output: Linear
     post_norm: torch.Tensor
-    gate_up: Linear
+    gate_up: GatedLinear
     down: Linear
 
 
@@ -106,6 +106,12 @@ class LlamaModel:
         operations = self._operations
         packs = {None: operations.pack, "int8": operations.pack_int8, "fp8": operations.pack_float8}
         for linear in self._linears():
+            if isinstance(linear, GatedLinear):
+                assert linear.weight is not None
+                product = operations.pack_gated(linear.weight, linear.bias, quantization)
+                if product is not None:
+                    linear.pack_gated(product)
+                    continue
             linear.pack(packs[quantization])
 
     def forward(
@@ -141,7 +147,7 @@ class LlamaModel:
                 hidden, attended = hidden[sample_rows], attended[sample_rows]
             delta = shard.sum(layer.output(attended))
             normed = operations.add_rms_norm(hidden, delta, layer.post_norm, eps)
-            delta = shard.sum(layer.down(operations.silu_and_multiply(layer.gate_up(normed))))
+            delta = shard.sum(layer.down(layer.gate_up(normed)))
         return hidden if delta is None else hidden.add_(delta)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -169,7 +175,13 @@ class LlamaModel:
                 queries, hidden, dtype=dtype, bias=config.attention_output_bias and adds_bias
             ),
             post_norm=torch.empty(hidden, dtype=dtype),
-            gate_up=Linear(hidden, 2 * inner, dtype=dtype, bias=config.mlp_bias),
+            gate_up=GatedLinear(
+                hidden,
+                inner,
+                dtype=dtype,
+                activate=self._operations.silu_and_multiply,
+                bias=config.mlp_bias,
+            ),
             down=Linear(inner, hidden, dtype=dtype, bias=config.mlp_bias and adds_bias),
         )
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from batchllm.models.linear import Product, pack_torch, pack_torch_int8, round_to_int8
 from batchllm.native.kernels import NativeKernels
+from batchllm.native.pages import Slabs
 
 _OFFSET = 128  # what x is stored with, see linear.cpp
 
@@ -16,7 +17,7 @@ class _PackedLinear(ctypes.Structure):
     """`PackedLinear` of native/src/linear.h."""
 
     _fields_ = [
-        *[(name, c_int64) for name in ("inputs", "outputs")],
+        *[(name, c_int64) for name in ("inputs", "outputs", "gated")],
         *[(name, c_void_p) for name in ("panels", "scales", "starts", "bias")],
     ]
 
@@ -36,22 +37,50 @@ class NativeProducts:
         tiles = tiles and kernels.target != "amx" and not always
         self._own = {torch.bfloat16: known and not tiles, torch.float32: known}
         self._int8 = not tiles
+        self._slabs = Slabs()
 
     def pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
         """See `Pack`."""
-        kernels = self._kernels
         is_bfloat16 = weight.dtype == torch.bfloat16
         if not self._own[weight.dtype] or (is_bfloat16 and weight.shape[1] % 2):
             return pack_torch(weight, bias)
-        packed = _Packed(kernels, weight, bias)
-        widened_bytes = kernels.widened_bytes if is_bfloat16 else 0
+        return self._plain(weight, bias)
+
+    def pack_int8(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+        """See `Pack`."""
+        if not self._int8 or weight.shape[1] % 4:
+            return pack_torch_int8(weight, bias)
+        return self._rounded(weight, bias)
+
+    def pack_gated(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, quantization: str | None
+    ) -> Product | None:
+        """See `Operations.pack_gated`."""
+        width, (outputs, inputs) = self._kernels.gated_width, weight.shape
+        value_bytes = {None: weight.dtype.itemsize, "int8": 1}.get(quantization)
+        own = self._int8 if quantization == "int8" else weight.dtype == torch.bfloat16
+        if not width or not own or value_bytes is None or outputs % (2 * width):
+            return None
+        if inputs * value_bytes % self._kernels.gated_row_bytes:
+            return None
+        weight = _in_turn(weight, width)
+        bias = None if bias is None else _in_turn(bias, width)
+        make = self._rounded if quantization == "int8" else self._plain
+        return make(weight, bias, gated=True)
+
+    def _plain(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, *, gated: bool = False
+    ) -> Product:
+        kernels, is_bfloat16 = self._kernels, weight.dtype == torch.bfloat16
+        packed = _Packed(kernels, self._slabs, weight, bias, gated=gated)
+        widens = is_bfloat16 and kernels.widened_bytes > 0  # to float32
 
         def product(x: torch.Tensor) -> torch.Tensor:
             out = packed.output_for(x)
-            widened = torch.empty(x.numel() * widened_bytes, dtype=torch.uint8)
+            widened = torch.empty(x.shape if widens else 0)
             kernels.linear(
                 is_bfloat16,
-                len(x),
+                x.shape[0],
                 packed.address,
                 *[tensor.data_ptr() for tensor in (x, widened, out)],
             )
@@ -59,23 +88,22 @@ class NativeProducts:
 
         return product
 
-    def pack_int8(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
-        """See `Pack`."""
+    def _rounded(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, *, gated: bool = False
+    ) -> Product:
         kernels = self._kernels
-        if not self._int8 or weight.shape[1] % 4:
-            return pack_torch_int8(weight, bias)
         rounded, scales = round_to_int8(weight)
         if kernels.rounded_bytes == 2:  # the order that its inputs are taken in, see linear.h
             rounded = rounded.view(-1, 4)[:, [0, 2, 1, 3]].view(rounded.shape)
-        packed = _Packed(kernels, rounded, bias, scales)
+        packed = _Packed(kernels, self._slabs, rounded, bias, scales, gated=gated)
 
         def product(x: torch.Tensor) -> torch.Tensor:
             out = packed.output_for(x)
             rows = torch.empty(x.numel() * kernels.rounded_bytes, dtype=torch.uint8)
-            row_scales = torch.empty(len(x))
+            row_scales = torch.empty(x.shape[0])
             kernels.linear_int8(
                 x.dtype == torch.bfloat16,
-                len(x),
+                x.shape[0],
                 packed.address,
                 *[tensor.data_ptr() for tensor in (x, rows, row_scales, out)],
             )
@@ -84,19 +112,29 @@ class NativeProducts:
         return product
 
 
+def _in_turn(gates_and_ups: torch.Tensor, width: int) -> torch.Tensor:
+    """`width` rows of the first half, as many of the second, and so on."""
+    halves = gates_and_ups.view(2, -1, width, *gates_and_ups.shape[1:])
+    return halves.transpose(0, 1).reshape(gates_and_ups.shape)
+
+
 class _Packed:
     """A weight's panels, and what `PackedLinear` points to, kept alive."""
 
     def __init__(
         self,
         kernels: NativeKernels,
+        slabs: Slabs,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         scales: torch.Tensor | None = None,
+        *,
+        gated: bool = False,
     ) -> None:
-        self._outputs, self._inputs = weight.shape
+        rows, self._inputs = weight.shape
+        self._outputs = rows // 2 if gated else rows
         width = kernels.panel_width
-        more = -self._outputs % width
+        more = -rows % width
         words = weight.contiguous().view(torch.int32)  # a group of inputs is a word
         panels = F.pad(words, (0, 0, 0, more)).view(-1, width, words.shape[1])
         starts = None
@@ -105,14 +143,15 @@ class _Packed:
             scales = F.pad(scales, (0, more))
         if bias is not None:
             bias = F.pad(bias.float(), (0, more))
-        self._tensors = (panels.transpose(1, 2).contiguous(), scales, starts, bias)
+        self._tensors = (slabs.copy(panels.transpose(1, 2)), scales, starts, bias)
         self._struct = _PackedLinear(
             self._inputs,
-            self._outputs,
+            rows,
+            gated,
             *[None if tensor is None else tensor.data_ptr() for tensor in self._tensors],
         )
         self.address = ctypes.byref(self._struct)
 
     def output_for(self, x: torch.Tensor) -> torch.Tensor:
         assert x.is_contiguous() and x.shape[1] == self._inputs, (x.shape, self._inputs)
-        return x.new_empty(len(x), self._outputs)
+        return x.new_empty(x.shape[0], self._outputs)

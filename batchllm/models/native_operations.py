@@ -33,6 +33,12 @@ class NativeOperations:
         """See `Operations`."""
         return pack_float8(weight, bias, self._products.pack)
 
+    def pack_gated(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, quantization: str | None
+    ) -> Product | None:
+        """See `Operations`."""
+        return self._products.pack_gated(weight, bias, quantization)
+
     def add_rms_norm(
         self, hidden: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float
     ) -> torch.Tensor:
@@ -51,7 +57,7 @@ class NativeOperations:
 
     def silu_and_multiply(self, gate_up: torch.Tensor) -> torch.Tensor:
         """See `Operations`."""
-        rows, size = len(gate_up), gate_up.shape[1] // 2
+        rows, size = gate_up.shape[0], gate_up.shape[1] // 2
         out = gate_up.new_empty(rows, size)
         self._kernels.silu_and_multiply(
             _is_bfloat16(gate_up), rows, size, gate_up.data_ptr(), out.data_ptr()
@@ -60,7 +66,7 @@ class NativeOperations:
 
     def argmax(self, logits: torch.Tensor) -> torch.Tensor:
         """See `Operations`."""
-        out = torch.empty(len(logits), dtype=torch.int32)
+        out = torch.empty(logits.shape[0], dtype=torch.int32)
         self._kernels.argmax(_is_bfloat16(logits), *logits.shape, logits.data_ptr(), out.data_ptr())
         return out
 

@@ -24,6 +24,15 @@ class Operations(Protocol):
         """The same in float8 (e4m3)."""
         ...
 
+    def pack_gated(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, quantization: str | None
+    ) -> Product | None:
+        """A product and `silu_and_multiply` in one, [rows, inputs] to [rows, outputs / 2].
+
+        None where they are two; `quantization` is None, int8 or fp8.
+        """
+        ...
+
     def add_rms_norm(
         self, hidden: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float
     ) -> torch.Tensor:
@@ -59,6 +68,11 @@ class TorchOperations:
     def pack_float8(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
         """See `Operations`."""
         return pack_float8(weight, bias, pack_torch)
+
+    def pack_gated(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, quantization: str | None
+    ) -> None:
+        """See `Operations`."""
 
     def add_rms_norm(
         self, hidden: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float

@@ -56,6 +56,8 @@ class NativeKernels:
         ):
             function.restype = None
         self.panel_width: int = library.batchllm_panel_width()
+        self.gated_width: int = library.batchllm_gated_width()
+        self.gated_row_bytes: int = library.batchllm_gated_row_bytes()
         self.widened_bytes: int = library.batchllm_widened_bytes()
         self.rounded_bytes: int = library.batchllm_rounded_bytes()
 

@@ -1,28 +1,17 @@
 """The KV cache's tensors. Who owns which block is the block pool's business."""
 
-import contextlib
 import math
-import mmap
 from collections.abc import Callable
 
 import torch
 
 from batchllm.cache.memory import ran_out_of_memory
 from batchllm.errors import UsageError
+from batchllm.native.pages import zero_pages
 
 _SCALE_BYTES = 4
 
 Allocate = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
-
-
-def zero_pages(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Zero pages of the operating system, which cost nothing before they are written."""
-    count = math.prod(shape)
-    memory = mmap.mmap(-1, count * dtype.itemsize)
-    if hasattr(mmap, "MADV_HUGEPAGE"):  # first use of a small page costs as much as filling it
-        with contextlib.suppress(OSError):  # a kernel built without
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype, count=count).view(shape)
 
 
 def memory_of(device: torch.device) -> Allocate:

@@ -33,6 +33,13 @@ class TimedOperations:
         """See `Operations`."""
         return self._clock.timed(PRODUCTS, self._operations.pack_float8(weight, bias))
 
+    def pack_gated(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, quantization: str | None
+    ) -> Product | None:
+        """See `Operations`."""
+        product = self._operations.pack_gated(weight, bias, quantization)
+        return None if product is None else self._clock.timed(PRODUCTS, product)
+
 
 class TimedBackend:
     """`AttentionBackend`, timed."""

@@ -5,9 +5,9 @@
 #include <cstddef>
 #include <vector>
 
-// What a tile will read, fetched while it multiplies: private segments, which many a decoding query
-// has, are read once each, so they cost the way from memory and little else. A part is the keys and
-// the values of W tokens.
+// What a tile will read and the thread's next one, fetched while it multiplies: private segments,
+// which many a decoding query has, are read once each, so they cost the way from memory and little
+// else. A part is the keys and the values of W tokens.
 template <typename T>
 class Ahead {
     typedef typename T::Value Value;
@@ -19,9 +19,11 @@ class Ahead {
     static constexpr size_t MOST = 96;  // of them: they must stay in the second-level cache
 
   public:
-    void clear() {
-        parts.clear();
-        next = used = 0;
+    // Parts that were used are forgotten; more may be added.
+    void forget() {
+        parts.erase(parts.begin(), parts.begin() + used);
+        next -= used;
+        used = 0;
     }
     void add(const Value* keys, const Value* values) { parts.push_back({keys, values}); }
     // That many more parts are read from now on, and need not be fetched.

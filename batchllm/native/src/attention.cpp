@@ -8,14 +8,17 @@
 // price is that one query's context is never split over threads; tables have many queries.
 //
 // KV lies in the cache as the products want it, so nothing is gathered or packed in a step:
-//   keys   [block][kv_head][block_size / W][head_dim / GROUP][W tokens][GROUP]
-//   values [block][kv_head][block_size / GROUP][head_dim][GROUP tokens]
+//   keys   [kv_head][block][block_size / W][head_dim / GROUP][W tokens][GROUP]
+//   values [kv_head][block][block_size / GROUP][head_dim][GROUP tokens]
+// A unit reads one head's, so what it reads of neighbouring blocks lies in order.
 // A query's segments are read in the order of their positions, `pass_keys` at a time from the first
 // of each. So where segments begin at multiples of that, a query's result is the same to the last
 // bit however its context is cut into segments and with whom it shares them.
 //
 // A slot that was never written, or holds what a freed segment left, is masked, never multiplied.
 #include "attention.h"
+
+#include <atomic>
 
 #include "attention_tiles.h"
 #include "attention_vectors.h"
@@ -31,8 +34,8 @@ struct Layout {
     explicit Layout(const Step& s)
         : head_dim(s.head_dim),
           block_size(s.block_size),
-          head_values(int64_t(s.block_size) * s.head_dim),
-          block_values(head_values * s.num_kv_heads) {}
+          head_values(s.num_blocks * s.block_size * s.head_dim),
+          block_values(int64_t(s.block_size) * s.head_dim) {}
 
     int64_t key_place(int offset, int d) const {
         return int64_t(offset / W) * W * head_dim + (d / T::GROUP) * W * T::GROUP +
@@ -88,13 +91,13 @@ INLINE int64_t seen_of(const Step& s, int64_t item, int64_t query) {
     return s.kv_len[item] - (s.own[item] ? s.query_end[item] - 1 - query : 0);
 }
 
-// Lists what a tile reads of one KV head, in the order of reading.
+// Lists what a unit reads, a tile of one KV head, in the order of reading.
 template <typename T>
-void look_ahead(
-    const Step& s, const Layer& layer, Scratch<T>& scratch, int64_t tile, int kv_head) {
+void look_ahead(const Step& s, const Layer& layer, Scratch<T>& scratch, int64_t unit) {
     typedef typename T::Value Value;
     const Layout<T> layout(s);
-    scratch.ahead.clear();
+    const int64_t tile = s.tile_order[unit / s.num_kv_heads], kv_head = unit % s.num_kv_heads;
+    scratch.ahead.forget();
     for (int64_t i = s.tile_offsets[tile]; i < s.tile_offsets[tile + 1]; i++) {
         const int64_t item = s.tile_items[i];
         const int64_t* ids = s.block_ids + s.block_offsets[item];
@@ -189,7 +192,6 @@ void attend_tile(
                              (kv_head * group + row % group) * s.head_dim;
         scratch.queries[row] = query_row<T, Way>(scratch, row, query, s.head_dim);
     }
-    look_ahead<T>(s, layer, scratch, tile, kv_head);
     for (int64_t i = s.tile_offsets[tile]; i < s.tile_offsets[tile + 1]; i++)
         attend_item<T, Way>(s, layer, scratch, s.tile_items[i], begin, end, kv_head);
     for (int row = 0; row < rows; row++) {
@@ -204,18 +206,27 @@ void attend_tile(
 
 template <typename T, typename Way>
 void run(const Step& s, const Layer& layer) {
+    const int64_t units = s.num_tiles * s.num_kv_heads;
+    std::atomic<int64_t> taken{0};
 #pragma omp parallel
     {
         Scratch<T> scratch(s.tile_size * (s.num_heads / s.num_kv_heads), s.head_dim);
 #pragma omp for schedule(static)
         for (int64_t token = 0; token < s.num_tokens; token++)
             rotate_and_write<T>(s, layer, token);
-        // The barrier between the loops: queries read keys that other threads write.
+        // The barrier after the loop: queries read keys that other threads write.
         Way::begin_thread();
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t unit = 0; unit < s.num_tiles * s.num_kv_heads; unit++)
+        const auto take = [&] {
+            const int64_t unit = taken.fetch_add(1, std::memory_order_relaxed);
+            if (unit < units) look_ahead<T>(s, layer, scratch, unit);
+            return unit;
+        };
+        for (int64_t unit = take(), next; unit < units; unit = next) {
+            next = take();
             attend_tile<T, Way>(
-                s, layer, scratch, s.tile_order[unit / s.num_kv_heads], int(unit % s.num_kv_heads));
+                s, layer, scratch, s.tile_order[unit / s.num_kv_heads],
+                int(unit % s.num_kv_heads));
+        }
         Way::end_thread();
     }
 }

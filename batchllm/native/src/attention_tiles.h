@@ -14,9 +14,9 @@ static_assert(W == 16 && KEYS % TILE_VALUES == 0, "whole tiles of keys");
 INLINE void fetch_part(Ahead<Bfloat16>& ahead, const Pass<Bfloat16>& pass) {
     const auto part = ahead.take(pass.panels[0]);
     if (part.keys == pass.panels[0]) return;
-    for (int d = 0; d < pass.head_dim; d += Bfloat16::GROUP) {
-        __builtin_prefetch(part.keys + d * W);
-        __builtin_prefetch(part.values + d * W);
+    for (int d = 0; d < 16; d += Bfloat16::GROUP) {
+        __builtin_prefetch(part.keys + d * W, 0, 2);
+        __builtin_prefetch(part.values + d * W, 0, 2);
     }
 }
 

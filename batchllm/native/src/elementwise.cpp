@@ -41,11 +41,6 @@ void add_rms_norm(
     }
 }
 
-INLINE Floats silu(Floats x) {  // x / (1 + e^-x), by the exponential of -|x|, which is never large
-    const Floats small = exp2_of_negative((x < 0.0f ? x : -x) * float(M_LOG2E));
-    return (x < 0.0f ? x * small : x) / (1.0f + small);
-}
-
 // out[., j] = silu(gate_up[., j]) * gate_up[., size + j].
 template <typename T>
 void silu_and_multiply(int64_t rows, int64_t size, const void* gate_up, void* out) {

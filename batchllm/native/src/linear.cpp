@@ -182,6 +182,14 @@ int32_t batchllm_may_run() { return may_use_tiles(); }
 
 int32_t batchllm_panel_width() { return PANEL; }
 
+#if defined(BATCHLLM_TILES)
+int32_t batchllm_gated_width() { return TILE_PANEL / 2; }
+int32_t batchllm_gated_row_bytes() { return TILE_BYTES; }
+#else
+int32_t batchllm_gated_width() { return 0; }
+int32_t batchllm_gated_row_bytes() { return 0; }
+#endif
+
 int32_t batchllm_widened_bytes() {
     return std::is_same_v<Bfloat16Product::Value, Bfloat16::Value> ? 0 : sizeof(float);
 }

@@ -7,9 +7,12 @@ extern "C" {
 
 // A weight [outputs, inputs], packed, and what turns its sums into outputs. For int8 `scales` and
 // `starts` [outputs, in whole panels] are given, else null; `bias` [outputs, the same] may be null.
+// Where it is `gated`, half of each panel are gates, and of them and the other half come half as many
+// outputs: silu(gate) * up.
 struct PackedLinear {
     int64_t inputs;
     int64_t outputs;
+    int64_t gated;
     const void* panels;
     const float* scales;
     const int32_t* starts;
@@ -21,6 +24,11 @@ int32_t batchllm_may_run();
 
 // How many outputs a panel has.
 int32_t batchllm_panel_width();
+
+// How many gates a panel of a gated weight has; its other outputs follow. Weights whose rows are no
+// whole number of these bytes cannot be gated; 0: none can.
+int32_t batchllm_gated_width();
+int32_t batchllm_gated_row_bytes();
 
 // Bytes of memory that batchllm_linear wants for each value of x where that is bfloat16, to widen
 // it; may be none.

@@ -48,6 +48,13 @@ class Outputs {
     typename Out::Value* out = nullptr;
     int64_t stride = 0, left = 0;
     int row = 0, rows = 0;
+    bool gated = false;
+
+    INLINE Floats value(int n) const {
+        const Floats v = In::floats(sums[row][n] + start[n]);
+        if constexpr (In::SCALED) return v * (scale[n] * row_scales[row]) + bias[n];
+        return v + bias[n];
+    }
 
   public:
     // Tiles FIRST and its neighbour are the sums of the rows from `at` on.
@@ -70,8 +77,9 @@ class Outputs {
             if (linear.bias != nullptr) bias[n] = load<Floats>(linear.bias + first + n * W);
         }
         row_scales = scales;
-        out = to + first;
-        stride = linear.outputs;
+        gated = linear.gated != 0;
+        out = to + (gated ? first / 2 : first);
+        stride = gated ? linear.outputs / 2 : linear.outputs;
         left = linear.outputs - first;
         row = 0;
         rows = count;
@@ -79,18 +87,19 @@ class Outputs {
 
     // Writes the next `count` rows that wait, if there are.
     INLINE void write(int count) {
-        for (const int end = std::min(row + count, rows); row < end; row++)
-            for (int n = 0; n < 2; n++) {
-                Floats v = In::floats(sums[row][n] + start[n]);
-                if constexpr (In::SCALED) v *= scale[n] * row_scales[row];
-                v += bias[n];
-                typename Out::Value* to = out + row * stride + n * W;
+        for (const int end = std::min(row + count, rows); row < end; row++) {
+            typename Out::Value* to = out + row * stride;
+            if (gated) {
+                Out::narrow(to, silu(value(0)) * value(1));
+                continue;
+            }
+            for (int n = 0; n < 2; n++, to += W)
                 if (left >= TILE_PANEL)
-                    Out::narrow(to, v);
+                    Out::narrow(to, value(n));
                 else
                     for (int64_t i = 0; i < std::min<int64_t>(W, left - n * W); i++)
-                        to[i] = Out::put(v[i]);
-            }
+                        to[i] = Out::put(value(n)[i]);
+        }
     }
 
     INLINE void write_all() { write(TILE_STRIP); }
@@ -229,7 +238,7 @@ void multiply_tiles(
                                                           : multiply_few_tiles<In, Out, 1>;
             multiply(
                 linear, here, x + row * linear.inputs, row_scales + row, panel,
-                out + row * linear.outputs, fetch, outputs);
+                out + row * linear.outputs / (linear.gated ? 2 : 1), fetch, outputs);
         }
     }
     outputs.write_all();

@@ -5,6 +5,7 @@
 // each kind of processor (setup.py), and native/kernels.py loads the best that the machine runs.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -101,6 +102,11 @@ INLINE Floats exp2_of_negative(Floats x) {
     const Words exponent = ((Words)shifted - (Words)round) << 23;
     return x < -126.0f ? Floats{} : (Floats)((Words)p + exponent);
 #endif
+}
+
+INLINE Floats silu(Floats x) {  // x / (1 + e^-x), by the exponential of -|x|, which is never large
+    const Floats small = exp2_of_negative((x < 0.0f ? x : -x) * float(M_LOG2E));
+    return (x < 0.0f ? x * small : x) / (1.0f + small);
 }
 
 INLINE float float_of(uint16_t x) {
