@@ -1,7 +1,8 @@
 // Attention in matrix tiles: up to 32 rows of queries with a pass of keys and values, in bfloat16.
 //
 // A panel of keys is a tile for each 32 values of a head, and 32 tokens' values one for each 16. Where
-// blocks are smaller than that, or end, values are copied together, zeros behind the last.
+// these lie in blocks that are no neighbours, or are not all there, they are copied together, zeros
+// behind the last.
 #pragma once
 
 #include "attention_state.h"
@@ -14,7 +15,7 @@ static_assert(W == 16 && KEYS % TILE_VALUES == 0, "whole tiles of keys");
 INLINE void fetch_part(Ahead<Bfloat16>& ahead, const Pass<Bfloat16>& pass) {
     const auto part = ahead.take(pass.panels[0]);
     if (part.keys == pass.panels[0]) return;
-    for (int d = 0; d < 16; d += Bfloat16::GROUP) {
+    for (int d = 0; d < pass.head_dim; d += Bfloat16::GROUP) {
         __builtin_prefetch(part.keys + d * W, 0, 2);
         __builtin_prefetch(part.values + d * W, 0, 2);
     }
@@ -137,7 +138,9 @@ struct InTiles {
         const int words = pass.head_dim;  // a pair of tokens'
         for (int key = 0; key < pass.count; key += TILE_VALUES) {
             uint16_t* to = scratch.values.data() + key * pass.head_dim;
-            const bool whole = pass.step >= TILE_VALUES && key + TILE_VALUES <= pass.count;
+            bool whole = key + TILE_VALUES <= pass.count;
+            for (int k = key + pass.step; whole && k < key + TILE_VALUES; k += pass.step)
+                whole = pass.values_of(k) == pass.values_of(key) + (k - key) * pass.head_dim;
             scratch.groups[key / TILE_VALUES] = whole ? pass.values_of(key) : to;
             for (int k = key; !whole && k < key + TILE_VALUES; k += 2, to += words * 2) {
                 const uint16_t* from = k < pass.count ? pass.values_of(k) : nullptr;

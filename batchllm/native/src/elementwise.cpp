@@ -52,9 +52,9 @@ void silu_and_multiply(int64_t rows, int64_t size, const void* gate_up, void* ou
         const Value* up = gate + size;
         Value* to = static_cast<Value*>(out) + i * size;
         for (int64_t j = 0; j < whole; j += W)
-            T::narrow(to + j, silu(T::widen(gate + j)) * T::widen(up + j));
+            T::narrow(to + j, silu<T::COARSE>(T::widen(gate + j)) * T::widen(up + j));
         for (int64_t j = whole; j < size; j++)
-            to[j] = T::put(silu(broadcast(T::get(gate[j])))[0] * T::get(up[j]));
+            to[j] = T::put(silu<T::COARSE>(broadcast(T::get(gate[j])))[0] * T::get(up[j]));
     }
 }
 

@@ -90,7 +90,7 @@ class Outputs {
         for (const int end = std::min(row + count, rows); row < end; row++) {
             typename Out::Value* to = out + row * stride;
             if (gated) {
-                Out::narrow(to, silu(value(0)) * value(1));
+                Out::narrow(to, silu<Out::COARSE>(value(0)) * value(1));
                 continue;
             }
             for (int n = 0; n < 2; n++, to += W)
@@ -201,6 +201,11 @@ class Panels {
     int count(int64_t unit) const { return unit % (panels - pairs) < pairs ? 2 : 1; }
 };
 
+INLINE TileShape strip_shape(int rows) {
+    if (rows <= TILE_ROWS) return TileShape(rows, rows, rows, TILE_ROWS);
+    return TileShape(TILE_ROWS, rows - TILE_ROWS, TILE_ROWS, rows - TILE_ROWS);
+}
+
 // All rows times all panels; called by every thread of a parallel region, `taken` being 0.
 template <typename In, typename Out>
 void multiply_tiles(
@@ -211,34 +216,36 @@ void multiply_tiles(
     const int64_t strips = (rows + TILE_STRIP - 1) / TILE_STRIP;
     const int64_t a_block = std::max<int64_t>(1, TILE_BLOCK_BYTES / (TILE_STRIP * row_bytes));
     const int64_t blocks = (strips + a_block - 1) / a_block;
-    Panels work(taken, blocks, (linear.outputs + TILE_PANEL - 1) / TILE_PANEL, rows <= TILE_ROWS);
+    // Two panels of a gated weight put out a line of the cache, which one thread should write.
+    const bool together = rows <= TILE_ROWS, in_pairs = together || linear.gated;
+    Panels work(taken, blocks, (linear.outputs + TILE_PANEL - 1) / TILE_PANEL, in_pairs);
     int shaped = 0;
     Outputs<In, Out> outputs;
     for (int64_t unit = work.take(), next; unit < work.units; unit = next) {
         next = work.take();
-        const char* weight = static_cast<const char*>(linear.panels);
-        const char* coming = weight + (next < work.units ? work.first(next) * panel_bytes : 0);
-        const int64_t coming_bytes = next < work.units ? work.count(next) * panel_bytes : 0;
-        const int64_t panel = work.first(unit), block = work.block(unit);
+        const int64_t last = work.first(unit) + work.count(unit), block = work.block(unit);
         const int64_t begin = strips * block / blocks, end = strips * (block + 1) / blocks;
-        for (int64_t s = begin; s < end; s++) {
-            const int64_t row = s * TILE_STRIP;
-            const int here = int(std::min<int64_t>(TILE_STRIP, rows - row));
-            if (here != shaped)
-                shape_tiles(
-                    here > TILE_ROWS
-                        ? TileShape(TILE_ROWS, here - TILE_ROWS, TILE_ROWS, here - TILE_ROWS)
-                        : TileShape(here, here, here, TILE_ROWS));
-            shaped = here;
-            const Fetch fetch{
-                coming + coming_bytes * (s - begin) / (end - begin),
-                coming + coming_bytes * (s + 1 - begin) / (end - begin)};
-            const auto multiply = here > TILE_ROWS        ? multiply_strip_tiles<In, Out>
-                                  : work.count(unit) == 2 ? multiply_few_tiles<In, Out, 2>
-                                                          : multiply_few_tiles<In, Out, 1>;
-            multiply(
-                linear, here, x + row * linear.inputs, row_scales + row, panel,
-                out + row * linear.outputs / (linear.gated ? 2 : 1), fetch, outputs);
+        const int step = together ? work.count(unit) : 1;
+        for (int64_t panel = work.first(unit); panel < last; panel += step) {
+            const bool more = panel + step < last, none = !more && next >= work.units;
+            const int64_t coming = more ? panel + step : none ? 0 : work.first(next);
+            const int64_t bytes = none ? 0 : panel_bytes * (together ? work.count(next) : 1);
+            const char* weight = static_cast<const char*>(linear.panels) + coming * panel_bytes;
+            for (int64_t s = begin; s < end; s++) {
+                const int64_t row = s * TILE_STRIP;
+                const int here = int(std::min<int64_t>(TILE_STRIP, rows - row));
+                if (here != shaped) shape_tiles(strip_shape(here));
+                shaped = here;
+                const Fetch fetch{
+                    weight + bytes * (s - begin) / (end - begin),
+                    weight + bytes * (s + 1 - begin) / (end - begin)};
+                const auto multiply = here > TILE_ROWS ? multiply_strip_tiles<In, Out>
+                                      : step == 2      ? multiply_few_tiles<In, Out, 2>
+                                                       : multiply_few_tiles<In, Out, 1>;
+                multiply(
+                    linear, here, x + row * linear.inputs, row_scales + row, panel,
+                    out + row * linear.outputs / (linear.gated ? 2 : 1), fetch, outputs);
+            }
         }
     }
     outputs.write_all();

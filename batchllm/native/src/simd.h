@@ -17,6 +17,8 @@ constexpr int W = 16;
 #elif defined(__AVX2__)
 #include <immintrin.h>
 constexpr int W = 8;
+#elif defined(BATCHLLM_EMULATED_TILES)
+constexpr int W = 16;
 #else
 constexpr int W = 4;
 #endif
@@ -104,9 +106,20 @@ INLINE Floats exp2_of_negative(Floats x) {
 #endif
 }
 
-INLINE Floats silu(Floats x) {  // x / (1 + e^-x), by the exponential of -|x|, which is never large
-    const Floats small = exp2_of_negative((x < 0.0f ? x : -x) * float(M_LOG2E));
-    return (x < 0.0f ? x * small : x) / (1.0f + small);
+// 1 / x for x in [1, 2], exact or, coarsely, to 6e-5.
+template <bool coarse = false>
+INLINE Floats inverse(Floats x) {
+#if defined(__AVX512F__)
+    if constexpr (coarse) return (Floats)_mm512_rcp14_ps((__m512)x);
+#endif
+    return 1.0f / x;
+}
+
+// x / (1 + e^-x), by the exponential of -|x|, which is never large.
+template <bool coarse = false>
+INLINE Floats silu(Floats x) {
+    const Floats small = exp2_of_negative<coarse>((x < 0.0f ? x : -x) * float(M_LOG2E));
+    return (x < 0.0f ? x * small : x) * inverse<coarse>(1.0f + small);
 }
 
 INLINE float float_of(uint16_t x) {

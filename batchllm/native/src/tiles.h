@@ -5,14 +5,11 @@
 
 #include "simd.h"
 
-#if defined(__AMX_BF16__) && defined(__AMX_INT8__)
+#if defined(__AMX_BF16__) && defined(__AMX_INT8__) || defined(BATCHLLM_EMULATED_TILES)
 #define BATCHLLM_TILES 1
-#include <sys/syscall.h>
-#include <unistd.h>
 
 constexpr int TILE_ROWS = 16, TILE_BYTES = 64;
-constexpr int TILE_WORDS = TILE_BYTES / 4;
-static_assert(TILE_WORDS == W, "a tile's row is a vector");
+static_assert(TILE_BYTES / 4 == W, "a tile's row is a vector");
 
 // How many rows tiles have: sums 0 and 1, sums 2 and 3, operands 4 and 5; 6 and 7 have all sixteen.
 struct alignas(64) TileShape {
@@ -29,6 +26,12 @@ struct alignas(64) TileShape {
         }
     }
 };
+
+#if defined(BATCHLLM_EMULATED_TILES)
+#include "tiles_emulated.h"
+#else
+#include <sys/syscall.h>
+#include <unistd.h>
 
 // Sets the tiles of this thread to zero and gives them their shape.
 INLINE void shape_tiles(const TileShape& shape) { asm volatile("ldtilecfg %0" ::"m"(shape)); }
@@ -74,6 +77,7 @@ inline bool may_use_tiles() {
     constexpr long ASK = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
     return syscall(SYS_arch_prctl, ASK, TILE_DATA) == 0;
 }
+#endif
 #else
 inline bool may_use_tiles() { return true; }  // there are none to be used
 #endif

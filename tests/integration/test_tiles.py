@@ -1,0 +1,149 @@
+"""The kernels for matrix tiles, whose instructions are emulated where the processor has none."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from attention_checks import TREES, check, deep_tree, poisoned_rows
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from batchllm.attention.native import NativeBackend
+from batchllm.models.linear import pack_torch_int8
+from batchllm.models.native_linear import NativeProducts
+from batchllm.models.operations import TorchOperations
+from batchllm.native.kernels import NativeKernels, load_kernels, usable_targets
+
+SOURCES = Path(__file__).parents[2] / "batchllm" / "native" / "src"
+# Rows around whole and half tiles and strips; inputs of whole tiles in bfloat16 and mostly in int8;
+# outputs around panels.
+SHAPES = st.tuples(st.integers(1, 70), st.integers(1, 5).map(lambda n: 32 * n), st.integers(1, 130))
+
+
+@pytest.fixture(scope="module", params=["emulated", "processor"])
+def kernels(request, tmp_path_factory):
+    """The kernels with emulated tiles, and as this processor runs them where it has tiles."""
+    if request.param == "processor":
+        if "amx" not in usable_targets():
+            pytest.skip("no matrix tiles here")
+        return load_kernels("amx")
+    if shutil.which("g++") is None:
+        pytest.skip("no compiler")
+    library = tmp_path_factory.mktemp("tiles") / "emulated.so"
+    sources = [str(SOURCES / f"{name}.cpp") for name in ("attention", "elementwise", "linear")]
+    flags = ["-std=c++17", "-O1", "-fopenmp", "-fPIC", "-shared", "-w", "-Wno-psabi"]
+    define = "-DBATCHLLM_EMULATED_TILES"
+    subprocess.run(["g++", *flags, define, *sources, "-o", str(library)], check=True)
+    return NativeKernels("amx", library)
+
+
+def noise(*shape, dtype=torch.bfloat16, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def operands(shape, with_bias):
+    rows, inputs, outputs = shape
+    bias = noise(outputs, seed=2) if with_bias else None
+    return noise(rows, inputs, seed=0), noise(outputs, inputs, seed=1), bias
+
+
+def exact_product(x, weight, bias):
+    return x.double() @ weight.double().T + (0 if bias is None else bias.double())
+
+
+@given(SHAPES, st.booleans(), st.booleans())
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_products_equal_the_exact_ones(kernels, shape, with_bias, as_float):
+    x, weight, bias = operands(shape, with_bias)
+    own = NativeProducts(kernels, tiles=True)
+    exact = exact_product(x, weight, bias)
+    torch.testing.assert_close(own.pack(weight, bias)(x).double(), exact, atol=0.1, rtol=1.6e-2)
+    if as_float:
+        x = x.float()
+    expected = pack_torch_int8(weight, bias)(x)
+    torch.testing.assert_close(own.pack_int8(weight, bias)(x), expected, atol=0.4, rtol=1.6e-2)
+
+
+@given(SHAPES, st.booleans(), st.sampled_from([None, "int8"]))
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_gated_products_equal_a_product_and_its_gate(kernels, shape, with_bias, quantization):
+    rows, inputs, outputs = shape
+    x, weight, bias = operands((rows, inputs, 2 * outputs), with_bias)
+    own = NativeProducts(kernels, tiles=True)
+    gated = own.pack_gated(weight, bias, quantization)
+    fits = outputs % 16 == 0 and (quantization is None or inputs % 64 == 0)
+    assert (gated is not None) == fits
+    if gated is None:
+        return
+    gate_up = exact_product(x, weight, bias).float()
+    if quantization == "int8":
+        gate_up = pack_torch_int8(weight, bias)(x).float()
+    got, expected = gated(x), TorchOperations().silu_and_multiply(gate_up)
+    assert got.shape == (rows, outputs) and got.dtype == x.dtype
+    torch.testing.assert_close(got.float(), expected, atol=3.0, rtol=3e-2)
+
+
+def test_gates_and_ups_keep_their_places(kernels):
+    x = torch.eye(32).bfloat16()
+    gates = torch.full((48, 32), 20.0)  # silu(20) is 20
+    ups = torch.arange(48.0)[:, None].expand(48, 32)
+    weight = torch.cat([gates, ups]).bfloat16()
+    gated = NativeProducts(kernels, tiles=True).pack_gated(weight, None, None)
+    assert gated is not None
+    assert torch.equal(gated(x).float(), 20 * torch.arange(48.0).expand(32, 48).bfloat16().float())
+
+
+@pytest.mark.parametrize("inputs", [34, 100])
+def test_inputs_that_are_no_whole_tiles_go_through_vectors(kernels, inputs):
+    x, weight, bias = operands((37, inputs, 70), True)
+    got = NativeProducts(kernels, tiles=True).pack(weight, bias)(x)
+    exact = exact_product(x, weight, bias)
+    torch.testing.assert_close(got.double(), exact, atol=0.1, rtol=1.6e-2)
+
+
+def test_a_row_is_the_same_whatever_rows_are_beside_it(kernels):
+    x, weight, _ = operands((50, 128, 100), False)
+    product = NativeProducts(kernels, tiles=True, always=True).pack(weight, None)
+    whole = product(x)
+    for count in (1, 15, 16, 17, 31, 32, 33):
+        assert torch.equal(product(x[:count].contiguous()), whole[:count])
+
+
+@given(
+    TREES,
+    st.integers(1, 50),
+    st.sampled_from([16, 32, 512]),
+    st.sampled_from([(1, 1, 32), (2, 3, 64), (1, 8, 96), (3, 17, 32), (2, 3, 48)]),
+)
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_attention_equals_reference_on_random_trees(kernels, rows, budget, block_size, shape):
+    kv_heads, group, head_dim = shape
+    done = check(
+        rows,
+        NativeBackend(block_size, head_dim, kernels),
+        block_size=block_size,
+        budget=budget,
+        kv_heads=kv_heads,
+        group=group,
+        head_dim=head_dim,
+        dtype=torch.bfloat16,
+        tolerance=3e-2,
+    )
+    assert done.steps > 0
+
+
+@pytest.mark.parametrize("block_size", [16, 64])
+@pytest.mark.parametrize("rows", [deep_tree(), poisoned_rows()], ids=["deep", "poisoned"])
+def test_attention_equals_reference_on_long_and_on_poisoned_rows(kernels, block_size, rows):
+    done = check(
+        rows,
+        NativeBackend(block_size, 64, kernels),
+        block_size=block_size,
+        budget=100,
+        head_dim=64,
+        dtype=torch.bfloat16,
+        tolerance=3e-2,
+    )
+    assert done.steps > 5
