@@ -31,7 +31,7 @@ constexpr int LINEAR_ROWS = 6, LINEAR_COLUMNS = 2;
 #endif
 constexpr int LINE = 16;  // words in a line of the cache
 constexpr int PANEL = LINEAR_COLUMNS * W;
-constexpr int64_t BLOCK_BYTES = 256 * 1024;  // of x, beside a panel in the second-level cache
+constexpr int64_t VECTOR_BLOCK_BYTES = 256 * 1024;  // of x, beside a panel in the second-level cache
 constexpr int AHEAD = 40;                    // groups of a panel are fetched so early
 
 // out[r][.] of R rows and one panel. In: what is multiplied; Out: the outputs.
@@ -93,7 +93,7 @@ void multiply(
     const int64_t panels = (linear.outputs + PANEL - 1) / PANEL;
     const int64_t strips = (rows + LINEAR_ROWS - 1) / LINEAR_ROWS;
     const int64_t strip_bytes = LINEAR_ROWS * linear.inputs * int64_t(sizeof(*x));
-    const int64_t a_block = std::max<int64_t>(1, BLOCK_BYTES / strip_bytes);
+    const int64_t a_block = std::max<int64_t>(1, VECTOR_BLOCK_BYTES / strip_bytes);
     const int64_t blocks = (strips + a_block - 1) / a_block;
     // Neighbouring panels' outputs share cache lines, so two go to one thread where there are many.
     const int pair = blocks * panels >= 8 * omp_get_num_threads() ? 2 : 1;

@@ -13,7 +13,9 @@
 #if defined(BATCHLLM_TILES)
 constexpr int TILE_STRIP = 2 * TILE_ROWS;  // rows
 constexpr int TILE_PANEL = 2 * W;          // outputs
-constexpr int64_t TILE_BLOCK_BYTES = 768 * 1024;  // of x, in the second-level cache
+constexpr int64_t STRIP_BYTES = 40 * 1024;   // of rows, in the first-level cache
+constexpr int64_t BLOCK_BYTES = 768 * 1024;  // of rows, in the second-level cache
+constexpr int64_t GROUP_BYTES = 600 * 1024;  // of panels, the same
 
 // tile SUM += A . B, whatever In's values are.
 template <typename In, int SUM, int A, int B>
@@ -105,8 +107,9 @@ class Outputs {
     INLINE void write_all() { write(TILE_STRIP); }
 };
 
-// Of more than TILE_ROWS rows, and at most TILE_STRIP.
-template <typename In, typename Out>
+// Of more than TILE_ROWS rows, and at most TILE_STRIP. Either the rows or the panel are used again,
+// and are to stay in the first-level cache.
+template <typename In, typename Out, bool ROWS_STAY>
 void multiply_strip_tiles(
     const PackedLinear& linear, int rows, const typename In::Value* x, const float* row_scales,
     int64_t panel, typename Out::Value* out, Fetch fetch, Outputs<In, Out>& outputs) {
@@ -118,10 +121,17 @@ void multiply_strip_tiles(
     const int lines = fetch.lines_a_step(steps), written = int((TILE_STRIP + steps - 1) / steps);
     clear_tile<0>(), clear_tile<1>(), clear_tile<2>(), clear_tile<3>();
     for (int64_t k = 0; k < steps; k++, upper += TILE_BYTES, lower += TILE_BYTES) {
-        load_tile<6>(weight, 2 * TILE_BYTES);
-        load_tile<7>(weight + TILE_BYTES, 2 * TILE_BYTES);
-        load_tile_once<4>(upper, row_bytes);  // the panel is to stay in the first-level cache
-        load_tile_once<5>(lower, row_bytes);
+        if constexpr (ROWS_STAY) {
+            load_tile_once<6>(weight, 2 * TILE_BYTES);
+            load_tile_once<7>(weight + TILE_BYTES, 2 * TILE_BYTES);
+            load_tile<4>(upper, row_bytes);
+            load_tile<5>(lower, row_bytes);
+        } else {
+            load_tile<6>(weight, 2 * TILE_BYTES);
+            load_tile<7>(weight + TILE_BYTES, 2 * TILE_BYTES);
+            load_tile_once<4>(upper, row_bytes);
+            load_tile_once<5>(lower, row_bytes);
+        }
         multiply_tile<In, 0, 4, 6>();
         multiply_tile<In, 1, 4, 7>();
         multiply_tile<In, 2, 5, 6>();
@@ -178,77 +188,133 @@ INLINE bool fits_tiles(const PackedLinear& linear) {
     return linear.inputs * int64_t(sizeof(typename In::Value)) % TILE_BYTES == 0;
 }
 
-// Who takes which panels: a thread asks for its next ones before it needs them, to fetch them.
-class Panels {
-    std::atomic<int64_t>& taken;
-    const int64_t panels, pairs;  // pairs first, and as many for each thread
-
-  public:
-    const int64_t units;
-
-    Panels(std::atomic<int64_t>& taken, int64_t blocks, int64_t panels, bool in_pairs)
-        : taken(taken),
-          panels(panels),
-          pairs(in_pairs ? panels / 2 / omp_get_num_threads() * omp_get_num_threads() : 0),
-          units(blocks * (panels - pairs)) {}
-
-    int64_t take() { return taken.fetch_add(1, std::memory_order_relaxed); }
-    int64_t block(int64_t unit) const { return unit / (panels - pairs); }
-    int64_t first(int64_t unit) const {
-        const int64_t u = unit % (panels - pairs);
-        return u < pairs ? 2 * u : u + pairs;
-    }
-    int count(int64_t unit) const { return unit % (panels - pairs) < pairs ? 2 : 1; }
-};
-
 INLINE TileShape strip_shape(int rows) {
     if (rows <= TILE_ROWS) return TileShape(rows, rows, rows, TILE_ROWS);
     return TileShape(TILE_ROWS, rows - TILE_ROWS, TILE_ROWS, rows - TILE_ROWS);
 }
+
+// One product, for whoever takes a part of it: a thread of a parallel region.
+template <typename In, typename Out>
+class TileWork {
+    typedef typename In::Value Value;
+    const PackedLinear& linear;
+    const int64_t rows;
+    const Value* const x;
+    const float* const row_scales;
+    typename Out::Value* const out;
+    std::atomic<int64_t>& taken;
+    const int64_t panels, panel_bytes, strips;
+    const int64_t threads = omp_get_num_threads();
+    Outputs<In, Out> outputs;
+    int shaped = 0;
+
+    int64_t take() { return taken.fetch_add(1, std::memory_order_relaxed); }
+    const char* weight(int64_t panel) const {
+        return static_cast<const char*>(linear.panels) + panel * panel_bytes;
+    }
+    // The part of `bytes` from a panel on that is fetched in turn `i` of `count`.
+    Fetch part(int64_t panel, int64_t bytes, int64_t i, int64_t count) const {
+        return {weight(panel) + bytes * i / count, weight(panel) + bytes * (i + 1) / count};
+    }
+    template <bool ROWS_STAY>
+    void multiply(int64_t strip, int64_t panel, bool pair, Fetch fetch) {
+        const int64_t row = strip * TILE_STRIP;
+        const int here = int(std::min<int64_t>(TILE_STRIP, rows - row));
+        if (here != shaped) shape_tiles(strip_shape(here));
+        shaped = here;
+        const auto function = here > TILE_ROWS ? multiply_strip_tiles<In, Out, ROWS_STAY>
+                              : pair           ? multiply_few_tiles<In, Out, 2>
+                                               : multiply_few_tiles<In, Out, 1>;
+        function(
+            linear, here, x + row * linear.inputs, row_scales + row, panel,
+            out + row * linear.outputs / (linear.gated ? 2 : 1), fetch, outputs);
+    }
+
+  public:
+    TileWork(
+        const PackedLinear& linear, int64_t rows, const Value* x, const float* row_scales,
+        typename Out::Value* out, std::atomic<int64_t>& taken)
+        : linear(linear),
+          rows(rows),
+          x(x),
+          row_scales(row_scales),
+          out(out),
+          taken(taken),
+          panels((linear.outputs + TILE_PANEL - 1) / TILE_PANEL),
+          panel_bytes(linear.inputs * int64_t(sizeof(*x)) * TILE_PANEL),
+          strips((rows + TILE_STRIP - 1) / TILE_STRIP) {}
+    TileWork(const TileWork&) = delete;
+    ~TileWork() {
+        outputs.write_all();
+        release_tiles();
+    }
+
+    // Whether a strip of many stays in the first-level cache beside what else is read.
+    bool strips_stay() const { return strips > 2 && panel_bytes <= STRIP_BYTES; }
+
+    // A panel meets a block of rows, which stays in the second-level cache, so that few rows read
+    // every panel from memory once. A thread asks for its next panels before it needs them, to fetch
+    // them. Pairs first, and as many for each thread: one tile of rows is multiplied by two panels
+    // at once, and two of a gated weight put out a line of the cache, that one thread should write.
+    void by_panels() {
+        const int64_t fitting = std::max<int64_t>(1, BLOCK_BYTES / panel_bytes);
+        const int64_t blocks = (strips + fitting - 1) / fitting;
+        const bool together = rows <= TILE_ROWS, in_pairs = together || linear.gated;
+        const int64_t pairs = in_pairs ? panels / 2 / threads * threads : 0;
+        const int64_t a_block = panels - pairs, units = blocks * a_block;
+        const auto first = [&](int64_t u) { return u < pairs ? 2 * u : u + pairs; };
+        for (int64_t unit = take(), next; unit < units; unit = next) {
+            next = take();
+            const int64_t block = unit / a_block, u = unit % a_block, after = next % a_block;
+            const int64_t begin = strips * block / blocks, end = strips * (block + 1) / blocks;
+            const int64_t last = first(u + 1), step = together ? last - first(u) : 1;
+            for (int64_t panel = first(u); panel < last; panel += step) {
+                const bool more = panel + step < last, none = !more && next >= units;
+                const int64_t coming = more ? panel + step : first(after);
+                const int64_t count = none ? 0 : together ? first(after + 1) - coming : 1;
+                for (int64_t s = begin; s < end; s++)
+                    multiply<false>(
+                        s, panel, step == 2,
+                        part(coming, count * panel_bytes, s - begin, end - begin));
+            }
+        }
+    }
+
+    // A strip of rows stays in the first-level cache while it meets a group of panels, and these in
+    // the second while they meet a block of rows. So outputs are written row by row, too: where
+    // rows are many pages, to write a little of each is slow.
+    void by_groups() {
+        const int64_t a_block = BLOCK_BYTES / panel_bytes;  // a strip has as many bytes
+        const int64_t blocks = (strips + a_block - 1) / a_block;
+        const int64_t fitting = (panels * panel_bytes + GROUP_BYTES - 1) / GROUP_BYTES;
+        const int64_t wanted = std::max(fitting, (2 * threads + blocks - 1) / blocks);
+        const int64_t groups = std::min(panels, (wanted + threads - 1) / threads * threads);
+        const auto first = [&](int64_t group) { return panels * group / groups; };
+        for (int64_t unit = take(), next; unit < groups * blocks; unit = next) {
+            next = take();
+            const int64_t block = unit / groups, group = unit % groups, coming = next % groups;
+            const int64_t begin = strips * block / blocks, end = strips * (block + 1) / blocks;
+            const int64_t count = first(group + 1) - first(group);
+            const bool fetches = next < groups * blocks && coming != group;
+            const int64_t bytes = fetches ? (first(coming + 1) - first(coming)) * panel_bytes : 0;
+            int64_t turn = 0;
+            for (int64_t s = begin; s < end; s++)
+                for (int64_t panel = first(group); panel < first(group + 1); panel++, turn++)
+                    multiply<true>(
+                        s, panel, false, part(first(coming), bytes, turn, (end - begin) * count));
+        }
+    }
+};
 
 // All rows times all panels; called by every thread of a parallel region, `taken` being 0.
 template <typename In, typename Out>
 void multiply_tiles(
     const PackedLinear& linear, int64_t rows, const typename In::Value* x, const float* row_scales,
     typename Out::Value* out, std::atomic<int64_t>& taken) {
-    const int64_t row_bytes = linear.inputs * int64_t(sizeof(*x));
-    const int64_t panel_bytes = row_bytes * TILE_PANEL;
-    const int64_t strips = (rows + TILE_STRIP - 1) / TILE_STRIP;
-    const int64_t a_block = std::max<int64_t>(1, TILE_BLOCK_BYTES / (TILE_STRIP * row_bytes));
-    const int64_t blocks = (strips + a_block - 1) / a_block;
-    // Two panels of a gated weight put out a line of the cache, which one thread should write.
-    const bool together = rows <= TILE_ROWS, in_pairs = together || linear.gated;
-    Panels work(taken, blocks, (linear.outputs + TILE_PANEL - 1) / TILE_PANEL, in_pairs);
-    int shaped = 0;
-    Outputs<In, Out> outputs;
-    for (int64_t unit = work.take(), next; unit < work.units; unit = next) {
-        next = work.take();
-        const int64_t last = work.first(unit) + work.count(unit), block = work.block(unit);
-        const int64_t begin = strips * block / blocks, end = strips * (block + 1) / blocks;
-        const int step = together ? work.count(unit) : 1;
-        for (int64_t panel = work.first(unit); panel < last; panel += step) {
-            const bool more = panel + step < last, none = !more && next >= work.units;
-            const int64_t coming = more ? panel + step : none ? 0 : work.first(next);
-            const int64_t bytes = none ? 0 : panel_bytes * (together ? work.count(next) : 1);
-            const char* weight = static_cast<const char*>(linear.panels) + coming * panel_bytes;
-            for (int64_t s = begin; s < end; s++) {
-                const int64_t row = s * TILE_STRIP;
-                const int here = int(std::min<int64_t>(TILE_STRIP, rows - row));
-                if (here != shaped) shape_tiles(strip_shape(here));
-                shaped = here;
-                const Fetch fetch{
-                    weight + bytes * (s - begin) / (end - begin),
-                    weight + bytes * (s + 1 - begin) / (end - begin)};
-                const auto multiply = here > TILE_ROWS ? multiply_strip_tiles<In, Out>
-                                      : step == 2      ? multiply_few_tiles<In, Out, 2>
-                                                       : multiply_few_tiles<In, Out, 1>;
-                multiply(
-                    linear, here, x + row * linear.inputs, row_scales + row, panel,
-                    out + row * linear.outputs / (linear.gated ? 2 : 1), fetch, outputs);
-            }
-        }
-    }
-    outputs.write_all();
-    release_tiles();
+    TileWork<In, Out> work(linear, rows, x, row_scales, out, taken);
+    if (work.strips_stay())
+        work.by_groups();
+    else
+        work.by_panels();
 }
 #endif
