@@ -82,7 +82,17 @@ void rotate_and_write(const Step& s, const Layer& layer, int64_t token) {
         for (int d = 0; d < s.head_dim; d += T::GROUP, to += W * T::GROUP)
             std::memcpy(to, key + d, sizeof(Value) * T::GROUP);
         to = values + h * layout.head_values + layout.value_place(offset, 0);
-        for (int d = 0; d < s.head_dim; d++) to[d * T::GROUP] = value[d];
+        int d = 0;
+#if defined(__AVX512BW__)
+        if constexpr (T::GROUP == 2)  // to one half of each word
+            for (; d + W <= s.head_dim; d += W)
+                _mm512_mask_storeu_epi16(
+                    to + d * 2 - offset % 2, offset % 2 ? 0xaaaaaaaa : 0x55555555,
+                    _mm512_slli_epi32(
+                        _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(value + d))),
+                        offset % 2 * 16));
+#endif
+        for (; d < s.head_dim; d++) to[d * T::GROUP] = value[d];
     }
 }
 
@@ -113,41 +123,57 @@ void look_ahead(const Step& s, const Layer& layer, Scratch<T>& scratch, int64_t 
     }
 }
 
+// The pass of an item that begins at its token `start`, up to token `end`.
+template <typename T>
+void set_pass(
+    const Step& s, const Layer& layer, int64_t item, int kv_head, int64_t start, int64_t end,
+    Pass<T>& pass) {
+    typedef typename T::Value Value;
+    const Layout<T> layout(s);
+    const int64_t* ids = s.block_ids + s.block_offsets[item];
+    const Value* keys = static_cast<const Value*>(layer.keys) + kv_head * layout.head_values;
+    const Value* values = static_cast<const Value*>(layer.values) + kv_head * layout.head_values;
+    pass.head_dim = s.head_dim;
+    pass.scale = float(M_LOG2E / std::sqrt(double(s.head_dim)));
+    pass.count = int(std::min<int64_t>(s.pass_keys, end - start));
+    for (int p = 0; p * W < pass.count; p++) {
+        const int64_t token = start + p * W;
+        pass.panels[p] = keys + ids[token / s.block_size] * layout.block_values +
+                         layout.key_place(int(token % s.block_size), 0);
+    }
+    pass.step = std::min(s.block_size, s.pass_keys);  // of longer blocks a part
+    for (int b = 0; b * pass.step < pass.count; b++) {
+        const int64_t token = start + int64_t(b) * pass.step;
+        pass.values[b] = values + ids[token / s.block_size] * layout.block_values +
+                         layout.value_place(int(token % s.block_size), 0);
+    }
+}
+
+// A tile's queries of an item.
+struct Queries {
+    const int64_t begin, end;
+
+    Queries(const Step& s, int64_t item, int64_t tile)
+        : begin(std::max(s.query_begin[item], s.tile_begin[tile])),
+          end(std::min(s.query_end[item], s.tile_begin[tile + 1])) {}
+};
+
 // Attends the tile's rows of one KV head to one item.
 template <typename T, typename Way>
 void attend_item(
-    const Step& s, const Layer& layer, Scratch<T>& scratch, int64_t item, int64_t tile_begin,
-    int64_t tile_end, int kv_head) {
-    typedef typename T::Value Value;
-    const Layout<T> layout(s);
+    const Step& s, const Layer& layer, Scratch<T>& scratch, int64_t item, int64_t tile,
+    int kv_head) {
     const int group = s.num_heads / s.num_kv_heads;
-    const int64_t begin = std::max(s.query_begin[item], tile_begin);
-    const int64_t end = std::min(s.query_end[item], tile_end);
-    const int64_t* ids = s.block_ids + s.block_offsets[item];
-    const Value* all_keys = static_cast<const Value*>(layer.keys) + kv_head * layout.head_values;
-    const Value* all_values =
-        static_cast<const Value*>(layer.values) + kv_head * layout.head_values;
+    const int64_t tile_begin = s.tile_begin[tile];
+    const Queries queries(s, item, tile);
     const auto sees = [&](int64_t query) { return seen_of(s, item, query); };
     Pass<T> pass;
-    pass.head_dim = s.head_dim;
-    pass.scale = float(M_LOG2E / std::sqrt(double(s.head_dim)));
-    pass.step = std::min(s.block_size, s.pass_keys);  // of longer blocks a part
-    for (int64_t start = 0; start < sees(end - 1); start += s.pass_keys) {
-        pass.count = int(std::min<int64_t>(s.pass_keys, sees(end - 1) - start));
-        for (int p = 0; p * W < pass.count; p++) {
-            const int64_t token = start + p * W;
-            pass.panels[p] = all_keys + ids[token / s.block_size] * layout.block_values +
-                             layout.key_place(int(token % s.block_size), 0);
-        }
-        for (int b = 0; b * pass.step < pass.count; b++) {
-            const int64_t token = start + int64_t(b) * pass.step;
-            pass.values[b] = all_values + ids[token / s.block_size] * layout.block_values +
-                             layout.value_place(int(token % s.block_size), 0);
-        }
+    for (int64_t start = 0; start < sees(queries.end - 1); start += s.pass_keys) {
+        set_pass(s, layer, item, kv_head, start, sees(queries.end - 1), pass);
         scratch.ahead.use((pass.count + W - 1) / W);
         Way::begin_pass(scratch, pass);
-        const int last = int(end - tile_begin) * group;
-        for (int row = int(begin - tile_begin) * group; row < last; row += Way::MOST) {
+        const int last = int(queries.end - tile_begin) * group;
+        for (int row = int(queries.begin - tile_begin) * group; row < last; row += Way::MOST) {
             const int rows = std::min(Way::MOST, last - row);
             int seen[Way::MOST], count = 0;
             for (int r = 0; r < rows; r++) {
@@ -160,6 +186,35 @@ void attend_item(
     }
 }
 
+// Attends to several items at once, from a tile's `place` on: those of few rows next to each other,
+// with one pass each. Returns how many these are, which may be none.
+template <typename T, typename Way>
+int64_t attend_several(
+    const Step& s, const Layer& layer, Scratch<T>& scratch, int64_t place, int64_t tile,
+    int kv_head) {
+    const int group = s.num_heads / s.num_kv_heads;
+    Pass<T> passes[Way::MOST];
+    int rows[Way::MOST], seen[Way::MOST], count = 0, all = 0;
+    int64_t next_query = 0;
+    for (int64_t i = place; i < s.tile_offsets[tile + 1] && count < Way::MOST; i++) {
+        const int64_t item = s.tile_items[i];
+        const Queries queries(s, item, tile);
+        const int64_t most = seen_of(s, item, queries.end - 1);
+        const int64_t here = (queries.end - queries.begin) * group;
+        if (here > Way::FEW || all + here > Way::MOST || most > s.pass_keys) break;
+        if (count > 0 && queries.begin != next_query) break;
+        set_pass(s, layer, item, kv_head, 0, most, passes[count]);
+        rows[count++] = int(here);
+        next_query = queries.end;
+        for (int r = 0; r < here; r++)
+            seen[all++] = int(seen_of(s, item, queries.begin + r / group));
+    }
+    if (count < 2) return 0;
+    const int first = int(next_query - s.tile_begin[tile]) * group - all;
+    Way::attend_each(scratch, passes, rows, count, first, seen);
+    return count;
+}
+
 // Where a row's query is to be read.
 template <typename T, typename Way>
 INLINE const Row<T>* query_row(
@@ -169,7 +224,7 @@ INLINE const Row<T>* query_row(
     } else {
         Row<T>* to = scratch.copied.data() + int64_t(row) * head_dim;
         if constexpr (std::is_same_v<Row<T>, typename T::Value>)
-            std::copy_n(query, head_dim, to);
+            for (int d = 0; d < head_dim; d += W) store(to + d, load<Halves>(query + d));
         else
             for (int d = 0; d < head_dim; d += W) store(to + d, T::widen(query + d));
         return to;
@@ -192,8 +247,12 @@ void attend_tile(
                              (kv_head * group + row % group) * s.head_dim;
         scratch.queries[row] = query_row<T, Way>(scratch, row, query, s.head_dim);
     }
-    for (int64_t i = s.tile_offsets[tile]; i < s.tile_offsets[tile + 1]; i++)
-        attend_item<T, Way>(s, layer, scratch, s.tile_items[i], begin, end, kv_head);
+    for (int64_t i = s.tile_offsets[tile], several = 0; i < s.tile_offsets[tile + 1];
+         i += std::max<int64_t>(several, 1)) {
+        if constexpr (Way::FEW > 0)
+            several = attend_several<T, Way>(s, layer, scratch, i, tile, kv_head);
+        if (several == 0) attend_item<T, Way>(s, layer, scratch, s.tile_items[i], tile, kv_head);
+    }
     for (int row = 0; row < rows; row++) {
         const float* from = scratch.out.data() + int64_t(row) * s.head_dim;
         Value* to = static_cast<Value*>(layer.out) +

@@ -18,9 +18,10 @@ using Row = typename Product<T>::Value;
 
 constexpr int KEYS = 256;  // most keys a pass: their scores stay in the first-level cache
 #if defined(BATCHLLM_TILES)
-constexpr int MOST_ROWS = 2 * TILE_ROWS;  // whose scores there is room for
+constexpr int MOST_ROWS = 2 * TILE_ROWS;  // whose scores are there at once
+constexpr int ROOM_ROWS = MOST_ROWS + TILE_ROWS;  // a tile may begin at the last
 #else
-constexpr int MOST_ROWS = W;
+constexpr int MOST_ROWS = W, ROOM_ROWS = W;
 #endif
 
 // What a tile attends to at once: up to KEYS tokens of a segment.
@@ -56,11 +57,11 @@ struct Scratch {
         : out(size_t(rows) * head_dim),
           peak(rows),
           total(size_t(rows) * W),
-          scores(size_t(MOST_ROWS) * KEYS),
-          weights(size_t(MOST_ROWS) * KEYS),
-          copied(size_t(rows + MOST_ROWS) * head_dim),  // the last tile of rows may be part-filled
+          scores(size_t(ROOM_ROWS) * KEYS),
+          weights(size_t(ROOM_ROWS) * KEYS),
+          copied(size_t(rows + ROOM_ROWS) * head_dim),  // the last tile of rows may be part-filled
 #if defined(BATCHLLM_TILES)
-          sums(size_t(MOST_ROWS) * head_dim),
+          sums(size_t(ROOM_ROWS) * head_dim),
           values(size_t(KEYS) * head_dim),
 #endif
           queries(rows) {}
@@ -101,14 +102,15 @@ INLINE Floats weigh_rows(
             total += w;
             Product<T>::put(weights + p * W, w);
         }
-        for (; p < num_panels; p++) {  // the last that it sees may end within, the others beyond
+        if (p * W < seen[r]) {
             const Floats w =
                 lane + p * W < seen[r]
                     ? exp2_of_negative<T::COARSE>(load<Floats>(row + p * W) * scale - peak[r])
                     : Floats{};
             total += w;
-            Product<T>::put(weights + p * W, w);
+            Product<T>::put(weights + p++ * W, w);
         }
+        for (; p < num_panels; p++) Product<T>::put(weights + p * W, Floats{});
         store(sums, total);
     }
     return keep;

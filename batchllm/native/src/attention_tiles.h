@@ -11,7 +11,7 @@
 constexpr int TILE_VALUES = TILE_BYTES / 2;  // of bfloat16: a tile's summed axis
 static_assert(W == 16 && KEYS % TILE_VALUES == 0, "whole tiles of keys");
 
-// Fetches a pass's worth of what comes; see Ahead.
+// Fetches a panel's worth of what comes; see Ahead.
 INLINE void fetch_part(Ahead<Bfloat16>& ahead, const Pass<Bfloat16>& pass) {
     const auto part = ahead.take(pass.panels[0]);
     if (part.keys == pass.panels[0]) return;
@@ -21,10 +21,11 @@ INLINE void fetch_part(Ahead<Bfloat16>& ahead, const Pass<Bfloat16>& pass) {
     }
 }
 
-// Scores of TILES * 16 rows with `num_panels` panels of keys; up to three more may be written.
+// Scores of TILES * 16 rows of queries from `first` on with `num_panels` panels of keys, stored from
+// row `at` on; up to three more panels may be written.
 template <int TILES>
 INLINE void multiply_keys_tiles(
-    Scratch<Bfloat16>& scratch, const Pass<Bfloat16>& pass, int first, int num_panels) {
+    Scratch<Bfloat16>& scratch, const Pass<Bfloat16>& pass, int first, int at, int num_panels) {
     constexpr int AT_ONCE = TILES == 2 ? 2 : 4, ROW = KEYS * sizeof(float);
     const int head_dim = pass.head_dim, row_bytes = head_dim * 2;
     const uint16_t* queries = scratch.copied.data() + int64_t(first) * head_dim;
@@ -52,7 +53,7 @@ INLINE void multiply_keys_tiles(
                 multiply_bfloat16<3, 4, 6>();
             }
         }
-        float* scores = scratch.scores.data() + n * W;
+        float* scores = scratch.scores.data() + at * KEYS + n * W;
         float* others = TILES == 2 ? scores + TILE_ROWS * KEYS : scores + 2 * W;
         store_tile<0>(scores, ROW);
         store_tile<1>(scores + W, ROW);
@@ -61,9 +62,10 @@ INLINE void multiply_keys_tiles(
     }
 }
 
-// sums[row] = weights[row] . values, of TILES * 16 rows over `count` keys.
+// sums[row] = weights[row] . values, of TILES * 16 rows from `at` on over `count` keys.
 template <int TILES>
-INLINE void multiply_values_tiles(Scratch<Bfloat16>& scratch, const Pass<Bfloat16>& pass, int count) {
+INLINE void multiply_values_tiles(
+    Scratch<Bfloat16>& scratch, const Pass<Bfloat16>& pass, int at, int count) {
     constexpr int AT_ONCE = TILES == 2 ? 2 : 4, ROW = KEYS * 2;
     const int head_dim = pass.head_dim, out_bytes = head_dim * sizeof(float);
     const int value_bytes = head_dim * 4;  // a pair of tokens'
@@ -72,7 +74,7 @@ INLINE void multiply_values_tiles(Scratch<Bfloat16>& scratch, const Pass<Bfloat1
         clear_tile<0>(), clear_tile<1>(), clear_tile<2>(), clear_tile<3>();
         for (int key = 0; key < count; key += TILE_VALUES) {
             const uint16_t* values = scratch.groups[key / TILE_VALUES] + d * 2;
-            const uint16_t* weights = scratch.weights.data() + key;
+            const uint16_t* weights = scratch.weights.data() + at * KEYS + key;
             load_tile<4>(weights, ROW);
             load_tile<6>(values, value_bytes);
             load_tile<7>(values + W * 2, value_bytes);
@@ -89,7 +91,7 @@ INLINE void multiply_values_tiles(Scratch<Bfloat16>& scratch, const Pass<Bfloat1
                 multiply_bfloat16<3, 4, 6>();
             }
         }
-        float* sums = scratch.sums.data() + d;
+        float* sums = scratch.sums.data() + at * head_dim + d;
         store_tile<0>(sums, out_bytes);
         store_tile<1>(sums + W, out_bytes);
         if (TILES == 2 || whole) {
@@ -100,33 +102,46 @@ INLINE void multiply_values_tiles(Scratch<Bfloat16>& scratch, const Pass<Bfloat1
     }
 }
 
+INLINE int whole_tiles(int count) {  // panels of W keys in the tiles that `count` keys fill
+    return (count + TILE_VALUES - 1) / TILE_VALUES * (TILE_VALUES / W);
+}
+
+// Weighs `rows` rows of scores from `first` on and, once `multiply` has put their sums there, adds
+// these to what the rows have.
+template <typename Multiply>
+INLINE void weigh_and_add(
+    Scratch<Bfloat16>& scratch, int rows, int first, int head_dim, const int* seen, int num_panels,
+    float scale, Multiply multiply) {
+    Floats keep[MOST_ROWS / TILE_ROWS];
+    for (int t = 0; t * TILE_ROWS < rows; t++)
+        keep[t] = weigh_rows<Bfloat16>(
+            scratch, first + t * TILE_ROWS, t * TILE_ROWS,
+            std::min(TILE_ROWS, rows - t * TILE_ROWS), seen + t * TILE_ROWS, num_panels, scale);
+    multiply();
+    float* out = scratch.out.data() + int64_t(first) * head_dim;
+    const float* sums = scratch.sums.data();
+    for (int r = 0; r < rows; r++, out += head_dim, sums += head_dim) {
+        const float kept = keep[r / TILE_ROWS][r % TILE_ROWS];
+        for (int d = 0; d < head_dim; d += W)
+            store(out + d, load<Floats>(out + d) * kept + load<Floats>(sums + d));
+    }
+}
+
 template <int TILES>
 void attend_tiles(
     int rows, Scratch<Bfloat16>& scratch, const Pass<Bfloat16>& pass, int first, int count,
     const int* seen) {
-    const int head_dim = pass.head_dim;
-    const int num_panels = (count + TILE_VALUES - 1) / TILE_VALUES * (TILE_VALUES / W);
-    multiply_keys_tiles<TILES>(scratch, pass, first, (count + W - 1) / W);
-    Floats keep[TILES];
-    for (int t = 0; t < TILES; t++)
-        keep[t] = weigh_rows<Bfloat16>(
-            scratch, first + t * TILE_ROWS, t * TILE_ROWS,
-            std::min(TILE_ROWS, rows - t * TILE_ROWS), seen + t * TILE_ROWS, num_panels,
-            pass.scale);
-    multiply_values_tiles<TILES>(scratch, pass, count);
-    float* out = scratch.out.data() + int64_t(first) * head_dim;
-    const float* sums = scratch.sums.data();
-    for (int r = 0; r < rows; r++, out += head_dim, sums += head_dim)
-        for (int d = 0; d < head_dim; d += W)
-            store(
-                out + d, load<Floats>(out + d) * keep[r / TILE_ROWS][r % TILE_ROWS] +
-                             load<Floats>(sums + d));
+    multiply_keys_tiles<TILES>(scratch, pass, first, 0, (count + W - 1) / W);
+    weigh_and_add(
+        scratch, rows, first, pass.head_dim, seen, whole_tiles(count), pass.scale,
+        [&] { multiply_values_tiles<TILES>(scratch, pass, 0, count); });
 }
 
 // See InVectors.
 struct InTiles {
     static constexpr int MOST = 2 * TILE_ROWS;
     static constexpr bool COPIES = true;
+    static constexpr int FEW = TILE_ROWS;  // rows that are better attended with others
 
     static bool fit(int head_dim) { return head_dim % TILE_VALUES == 0; }
     static void begin_thread() {
@@ -152,6 +167,29 @@ struct InTiles {
                 }
             }
         }
+    }
+
+    // Few rows with one pass each, `rows[i]` with `passes[i]`, next to each other from `first` on:
+    // what waits for one of them is the others' time. A tile of rows has others' behind its own,
+    // which the next one stores again.
+    static void attend_each(
+        Scratch<Bfloat16>& scratch, const Pass<Bfloat16>* passes, const int* rows, int count,
+        int first, const int* seen) {
+        int all = 0, most = 0;
+        for (int i = 0; i < count; all += rows[i++]) {
+            scratch.ahead.use((passes[i].count + W - 1) / W);
+            multiply_keys_tiles<1>(
+                scratch, passes[i], first + all, all, (passes[i].count + W - 1) / W);
+            most = std::max(most, passes[i].count);
+        }
+        weigh_and_add(
+            scratch, all, first, passes[0].head_dim, seen, whole_tiles(most), passes[0].scale,
+            [&] {
+                for (int i = 0, at = 0; i < count; at += rows[i++]) {
+                    begin_pass(scratch, passes[i]);
+                    multiply_values_tiles<1>(scratch, passes[i], at, passes[i].count);
+                }
+            });
     }
 
     static void attend(

@@ -98,10 +98,13 @@ template <typename T>
 struct InVectors {
     static constexpr int MOST = ROWS;  // rows at once
     static constexpr bool COPIES = !std::is_same_v<Row<T>, typename T::Value>;  // the queries
+    static constexpr int FEW = 0;  // rows that are better attended with others
 
     static void begin_thread() {}
     static void end_thread() {}
     static void begin_pass(Scratch<T>&, const Pass<T>&) {}
+    static void attend_each(
+        Scratch<T>&, const Pass<T>*, const int*, int, int, const int*) {}
     static void attend(
         int rows, Scratch<T>& scratch, const Pass<T>& pass, int first, int count,
         const int* seen) {

@@ -257,7 +257,7 @@ class TileWork {
     // them. Pairs first, and as many for each thread: one tile of rows is multiplied by two panels
     // at once, and two of a gated weight put out a line of the cache, that one thread should write.
     void by_panels() {
-        const int64_t fitting = std::max<int64_t>(1, BLOCK_BYTES / panel_bytes);
+        const int64_t fitting = std::max<int64_t>(8, BLOCK_BYTES / panel_bytes);
         const int64_t blocks = (strips + fitting - 1) / fitting;
         const bool together = rows <= TILE_ROWS, in_pairs = together || linear.gated;
         const int64_t pairs = in_pairs ? panels / 2 / threads * threads : 0;

@@ -25,6 +25,7 @@ constexpr int W = 4;
 
 typedef float Floats __attribute__((vector_size(W * 4)));
 typedef int32_t Words __attribute__((vector_size(W * 4)));
+typedef uint16_t Halves __attribute__((vector_size(W * 2)));
 
 #define INLINE inline __attribute__((always_inline))
 
