@@ -5,6 +5,8 @@
 #include <cstddef>
 #include <vector>
 
+#include "simd.h"
+
 // What a tile will read and the thread's next one, fetched while it multiplies: private segments,
 // which many a decoding query has, are read once each, so they cost the way from memory and little
 // else. A part is the keys and the values of W tokens.
@@ -16,9 +18,13 @@ class Ahead {
     };
     std::vector<Part> parts;
     size_t next = 0, used = 0;
+    const int half;  // lines of the cache that the keys of a part are, and the values
+    int line = 0;    // of the next part, if some of it was fetched
+    static constexpr int LINE_BYTES = 64;
     static constexpr size_t MOST = 96;  // of them: they must stay in the second-level cache
 
   public:
+    explicit Ahead(int head_dim) : half(head_dim * W * int(sizeof(Value)) / LINE_BYTES) {}
     // Parts that were used are forgotten; more may be added.
     void forget() {
         parts.erase(parts.begin(), parts.begin() + used);
@@ -29,7 +35,19 @@ class Ahead {
     // That many more parts are read from now on, and need not be fetched.
     void use(size_t count) {
         used += count;
-        next = std::max(next, used);
+        if (next < used) next = used, line = 0;
+    }
+    // Fetches the next `count` lines into the second-level cache. Many at once wait for each other,
+    // and what is multiplied waits behind them: a few are to be fetched beside everything else.
+    void fetch(int count) {
+        constexpr int VALUES = LINE_BYTES / sizeof(Value);
+        for (; count > 0 && next < std::min(parts.size(), used + MOST); count--) {
+            const Part& part = parts[next];
+            const Value* from = line < half ? part.keys + line * VALUES
+                                            : part.values + (line - half) * VALUES;
+            __builtin_prefetch(from, 0, 2);
+            if (++line == 2 * half) next++, line = 0;
+        }
     }
     // What to fetch next; `idle` if there is nothing.
     Part take(const Value* idle) {

@@ -46,6 +46,25 @@ struct Layout {
     }
 };
 
+// Fetches where a token's keys and values will be written: a key is a word in each of many lines,
+// which its neighbours in the block share.
+template <typename T>
+INLINE void fetch_slot(const Step& s, const Layer& layer, int64_t token) {
+    typedef typename T::Value Value;
+    const Layout<T> layout(s);
+    const int offset = int(s.slots[token] % s.block_size);
+    if (token > 0 && s.slots[token] == s.slots[token - 1] + 1 && offset % W != 0) return;
+    for (int h = 0; h < s.num_kv_heads; h++) {
+        const int64_t place =
+            s.slots[token] / s.block_size * layout.block_values + h * layout.head_values;
+        const Value* key = static_cast<Value*>(layer.keys) + place + layout.key_place(offset, 0);
+        const Value* value =
+            static_cast<Value*>(layer.values) + place + layout.value_place(offset, 0);
+        for (int d = 0; d < s.head_dim; d += T::GROUP) __builtin_prefetch(key + d * W, 1);
+        for (int d = 0; d < s.head_dim; d += W) __builtin_prefetch(value + d * T::GROUP, 1);
+    }
+}
+
 // Rotates the queries in place; rotates the keys and writes them and the values to their slot.
 template <typename T>
 void rotate_and_write(const Step& s, const Layer& layer, int64_t token) {
@@ -271,8 +290,10 @@ void run(const Step& s, const Layer& layer) {
     {
         Scratch<T> scratch(s.tile_size * (s.num_heads / s.num_kv_heads), s.head_dim);
 #pragma omp for schedule(static)
-        for (int64_t token = 0; token < s.num_tokens; token++)
+        for (int64_t token = 0; token < s.num_tokens; token++) {
+            if (token + 1 < s.num_tokens) fetch_slot<T>(s, layer, token + 1);
             rotate_and_write<T>(s, layer, token);
+        }
         // The barrier after the loop: queries read keys that other threads write.
         Way::begin_thread();
         const auto take = [&] {

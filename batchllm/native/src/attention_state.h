@@ -54,7 +54,8 @@ struct Scratch {
     std::vector<const Row<T>*> queries;  // of each row, where they are or copied to
 
     Scratch(int rows, int head_dim)
-        : out(size_t(rows) * head_dim),
+        : ahead(head_dim),
+          out(size_t(rows) * head_dim),
           peak(rows),
           total(size_t(rows) * W),
           scores(size_t(ROOM_ROWS) * KEYS),
@@ -112,6 +113,9 @@ INLINE Floats weigh_rows(
         }
         for (; p < num_panels; p++) Product<T>::put(weights + p * W, Floats{});
         store(sums, total);
+#if defined(BATCHLLM_TILES)  // vectors fetch all beside the keys' products, which take longer
+        scratch.ahead.fetch(16);
+#endif
     }
     return keep;
 }

@@ -11,15 +11,7 @@
 constexpr int TILE_VALUES = TILE_BYTES / 2;  // of bfloat16: a tile's summed axis
 static_assert(W == 16 && KEYS % TILE_VALUES == 0, "whole tiles of keys");
 
-// Fetches a panel's worth of what comes; see Ahead.
-INLINE void fetch_part(Ahead<Bfloat16>& ahead, const Pass<Bfloat16>& pass) {
-    const auto part = ahead.take(pass.panels[0]);
-    if (part.keys == pass.panels[0]) return;
-    for (int d = 0; d < pass.head_dim; d += Bfloat16::GROUP) {
-        __builtin_prefetch(part.keys + d * W, 0, 2);
-        __builtin_prefetch(part.values + d * W, 0, 2);
-    }
-}
+constexpr int FETCHED_LINES = 12;  // beside four products of tiles
 
 // Scores of TILES * 16 rows of queries from `first` on with `num_panels` panels of keys, stored from
 // row `at` on; up to three more panels may be written.
@@ -31,10 +23,7 @@ INLINE void multiply_keys_tiles(
     const uint16_t* queries = scratch.copied.data() + int64_t(first) * head_dim;
     for (int n = 0; n < num_panels; n += AT_ONCE) {
         const uint16_t* panels[AT_ONCE];
-        for (int i = 0; i < AT_ONCE; i++) {
-            panels[i] = pass.panels[std::min(n + i, num_panels - 1)];
-            if (n + i < num_panels) fetch_part(scratch.ahead, pass);
-        }
+        for (int i = 0; i < AT_ONCE; i++) panels[i] = pass.panels[std::min(n + i, num_panels - 1)];
         clear_tile<0>(), clear_tile<1>(), clear_tile<2>(), clear_tile<3>();
         for (int d = 0; d < head_dim; d += TILE_VALUES) {
             load_tile<4>(queries + d, row_bytes);
@@ -52,6 +41,7 @@ INLINE void multiply_keys_tiles(
                 multiply_bfloat16<2, 4, 5>();
                 multiply_bfloat16<3, 4, 6>();
             }
+            scratch.ahead.fetch(FETCHED_LINES);
         }
         float* scores = scratch.scores.data() + at * KEYS + n * W;
         float* others = TILES == 2 ? scores + TILE_ROWS * KEYS : scores + 2 * W;
@@ -90,6 +80,7 @@ INLINE void multiply_values_tiles(
                 multiply_bfloat16<2, 4, 5>();
                 multiply_bfloat16<3, 4, 6>();
             }
+            scratch.ahead.fetch(FETCHED_LINES);
         }
         float* sums = scratch.sums.data() + at * head_dim + d;
         store_tile<0>(sums, out_bytes);
