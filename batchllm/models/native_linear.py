@@ -25,16 +25,15 @@ class _PackedLinear(ctypes.Structure):
 class NativeProducts:
     """Packs weights for the kernels, or for torch where that is faster.
 
-    Which is with a processor's matrix `tiles` (AMX) where the compiler did not know them, since
-    oneDNN has kernels for these (not in float32), and on processors that the kernels were compiled
-    for without knowing them. torch's products of a row can depend on how many others there are;
-    `always` leaves them out.
+    Which is where `tiles` says that only torch uses the processor's (not in float32), and on
+    processors that the kernels were compiled for without knowing them. torch's products of a row
+    can depend on how many others there are; `always` leaves them out.
     """
 
     def __init__(self, kernels: NativeKernels, *, tiles: bool, always: bool = False) -> None:
         self._kernels = kernels
         known = always or kernels.target != "portable"
-        tiles = tiles and kernels.target != "amx" and not always
+        tiles = tiles and not always
         self._own = {torch.bfloat16: known and not tiles, torch.float32: known}
         self._int8 = not tiles
         self._slabs = Slabs()

@@ -5,7 +5,7 @@ import torch
 from batchllm.models.float8_linear import pack_float8
 from batchllm.models.linear import Product
 from batchllm.models.native_linear import NativeProducts
-from batchllm.native.kernels import NativeKernels, has_tiles
+from batchllm.native.kernels import NativeKernels, only_torch_has_tiles
 
 
 class NativeOperations:
@@ -18,7 +18,7 @@ class NativeOperations:
         self, kernels: NativeKernels, *, tiles: bool | None = None, deterministic: bool = False
     ) -> None:
         self._kernels = kernels
-        tiles = has_tiles() if tiles is None else tiles
+        tiles = only_torch_has_tiles() if tiles is None else tiles
         self._products = NativeProducts(kernels, tiles=tiles, always=deterministic)
 
     def pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:

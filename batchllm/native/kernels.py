@@ -68,9 +68,9 @@ def usable_targets(cpuinfo: Path = _CPUINFO, home: Path = _HERE) -> list[str]:
     return [name for name, needed in _NEEDS.items() if needed <= flags and library_path(name, home)]
 
 
-def has_tiles(cpuinfo: Path = _CPUINFO) -> bool:
-    """Whether the processor multiplies in matrix tiles (AMX)."""
-    return "amx_tile" in _flags(cpuinfo)
+def only_torch_has_tiles(cpuinfo: Path = _CPUINFO, home: Path = _HERE) -> bool:
+    """Whether the processor has matrix tiles (AMX) and the compiler here did not know them."""
+    return "amx_tile" in _flags(cpuinfo) and library_path("amx", home) is None
 
 
 @cache

@@ -35,11 +35,10 @@ class KVCache:
     """Keys and values of all layers.
 
     `keys[layer]` and `values[layer]` are [num_blocks, block_size, num_kv_heads, kv_row_values];
-    where in its block a value lies is up to the attention backend, which alone writes and reads.
-    Where
-    `allocate` does not get as much, because a limit is set for the process or memory is never
-    overcommitted, there are half as many blocks, or a quarter, and so on: `num_blocks` is what it
-    came to.
+    where in its layer a value lies is up to the attention backend, which alone writes and reads, as
+    long as no two blocks share a place. Where `allocate` does not get as much, because a limit is
+    set for the process or memory is never overcommitted, there are half as many blocks, or a
+    quarter, and so on: `num_blocks` is what it came to.
 
     Raises:
         UsageError: not even one block is to be had.

@@ -21,7 +21,7 @@ from bound import SMOLLM2_135M, ModelShape
 
 from batchllm.models.linear import pack_torch, pack_torch_int8
 from batchllm.models.native_linear import NativeProducts
-from batchllm.native.kernels import has_tiles, load_kernels
+from batchllm.native.kernels import load_kernels, only_torch_has_tiles
 
 READ_BYTES = 1 << 29
 SECONDS_A_MEASUREMENT = 0.3
@@ -66,7 +66,7 @@ def linear_seconds(rows: int, inputs: int, outputs: int) -> float:
     kernels = load_kernels()
     ways = [lambda x: F.linear(x, w), pack_torch(w, None)]
     if kernels is not None:
-        ways.append(NativeProducts(kernels, tiles=has_tiles()).pack(w, None))
+        ways.append(NativeProducts(kernels, tiles=only_torch_has_tiles()).pack(w, None))
     return min(best_seconds(lambda way=way: way(x)) for way in ways)
 
 
@@ -78,7 +78,7 @@ def int8_seconds(rows: int, inputs: int, outputs: int) -> float:
     if kernels is None:
         product = pack_torch_int8(w, None)
     else:
-        product = NativeProducts(kernels, tiles=has_tiles()).pack_int8(w, None)
+        product = NativeProducts(kernels, tiles=only_torch_has_tiles()).pack_int8(w, None)
     return best_seconds(lambda: product(x))
 
 

@@ -1,5 +1,7 @@
 """Products with packed weights, by the compiled kernels, against torch's."""
 
+from importlib.machinery import EXTENSION_SUFFIXES
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 
 from batchllm.models.linear import pack_torch_int8, round_to_int8
 from batchllm.models.native_linear import NativeProducts
-from batchllm.native.kernels import has_tiles, load_kernels, usable_targets
+from batchllm.native.kernels import load_kernels, only_torch_has_tiles, usable_targets
 
 TARGETS = [target for target in usable_targets() if load_kernels(target)]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2}
@@ -102,9 +104,11 @@ def test_sizes_that_the_kernels_do_not_know_go_to_torch(target, shape):
         torch.testing.assert_close(pack(weight, bias)(x).float(), exact, atol=most, rtol=0.05)
 
 
-def test_matrix_tiles_are_told_by_the_processors_flags(tmp_path):
+def test_tiles_are_left_to_torch_where_no_kernels_for_them_were_compiled(tmp_path):
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text("flags : avx512f amx_tile amx_bf16\n")
-    assert has_tiles(cpuinfo)
+    assert only_torch_has_tiles(cpuinfo, home=tmp_path)
+    (tmp_path / f"_amx{EXTENSION_SUFFIXES[0]}").touch()
+    assert not only_torch_has_tiles(cpuinfo, home=tmp_path)
     cpuinfo.write_text("flags : avx512f\n")
-    assert not has_tiles(cpuinfo)
+    assert not only_torch_has_tiles(cpuinfo, home=tmp_path / "none")

@@ -1,8 +1,8 @@
 // Attention in matrix tiles: up to 32 rows of queries with a pass of keys and values, in bfloat16.
 //
-// A panel of keys is a tile for each 32 values of a head, and 32 tokens' values one for each 16. Where
-// these lie in blocks that are no neighbours, or are not all there, they are copied together, zeros
-// behind the last.
+// A panel of keys is a tile for each 32 values of a head, and 32 tokens' values are one for each
+// 16. Where these lie in blocks that are no neighbours, or are not all there, they are copied
+// together, zeros behind the last.
 #pragma once
 
 #include "attention_state.h"
@@ -13,8 +13,8 @@ static_assert(W == 16 && KEYS % TILE_VALUES == 0, "whole tiles of keys");
 
 constexpr int FETCHED_LINES = 12;  // beside four products of tiles
 
-// Scores of TILES * 16 rows of queries from `first` on with `num_panels` panels of keys, stored from
-// row `at` on; up to three more panels may be written.
+// Scores of TILES * 16 rows of queries from `first` on with `num_panels` panels of keys, stored
+// from row `at` on; up to three more panels may be written.
 template <int TILES>
 INLINE void multiply_keys_tiles(
     Scratch<Bfloat16>& scratch, const Pass<Bfloat16>& pass, int first, int at, int num_panels) {

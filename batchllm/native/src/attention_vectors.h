@@ -61,8 +61,8 @@ INLINE void multiply_values(
         for (int n = 0; n < N; n++) store(out + r * head_dim + n * W, sums[r][n]);
 }
 
-// Attends R rows of a tile, from `first` on, to the first `count` keys of a pass: row r to the first
-// `seen[r]` of them.
+// Attends R rows of a tile, from `first` on, to the first `count` keys of a pass: row r to the
+// first `seen[r]` of them.
 template <typename T, int R>
 void attend_rows(
     Scratch<T>& scratch, const Pass<T>& pass, int first, int count, const int* seen) {

@@ -3,7 +3,8 @@
 // The weight lies in panels of PANEL outputs, [inputs / GROUP][PANEL][GROUP], zeros behind the last
 // output, so that a strip of LINEAR_ROWS rows times a panel keeps its sums in registers and reads
 // both operands in order. A thread takes a block of rows that stays in the second-level cache times
-// one panel; with few rows there is one block, and every panel is read from memory once.
+// one panel; with few rows there is one block, and every panel is read from memory once. In matrix
+// tiles the same panels are multiplied in an order of their own (linear_tiles.h).
 //
 // int8 is symmetric, one scale a row of x and one an output. x is stored with 128 added; what that
 // adds to each output's sum is known when the weight is packed, and sums start at its negative
@@ -31,8 +32,11 @@ constexpr int LINEAR_ROWS = 6, LINEAR_COLUMNS = 2;
 #endif
 constexpr int LINE = 16;  // words in a line of the cache
 constexpr int PANEL = LINEAR_COLUMNS * W;
-constexpr int64_t VECTOR_BLOCK_BYTES = 256 * 1024;  // of x, beside a panel in the second-level cache
-constexpr int AHEAD = 40;                    // groups of a panel are fetched so early
+constexpr int64_t ROWS_BYTES = 256 * 1024;  // a block's, beside a panel in the second-level cache
+constexpr int AHEAD = 40;                   // groups of a panel are fetched so early
+#if defined(BATCHLLM_TILES)
+static_assert(PANEL == TILE_PANEL, "the same weight in vectors and in tiles");
+#endif
 
 // out[r][.] of R rows and one panel. In: what is multiplied; Out: the outputs.
 template <typename In, typename Out, int R>
@@ -93,7 +97,7 @@ void multiply(
     const int64_t panels = (linear.outputs + PANEL - 1) / PANEL;
     const int64_t strips = (rows + LINEAR_ROWS - 1) / LINEAR_ROWS;
     const int64_t strip_bytes = LINEAR_ROWS * linear.inputs * int64_t(sizeof(*x));
-    const int64_t a_block = std::max<int64_t>(1, VECTOR_BLOCK_BYTES / strip_bytes);
+    const int64_t a_block = std::max<int64_t>(1, ROWS_BYTES / strip_bytes);
     const int64_t blocks = (strips + a_block - 1) / a_block;
     // Neighbouring panels' outputs share cache lines, so two go to one thread where there are many.
     const int pair = blocks * panels >= 8 * omp_get_num_threads() ? 2 : 1;

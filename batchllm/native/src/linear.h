@@ -7,8 +7,8 @@ extern "C" {
 
 // A weight [outputs, inputs], packed, and what turns its sums into outputs. For int8 `scales` and
 // `starts` [outputs, in whole panels] are given, else null; `bias` [outputs, the same] may be null.
-// Where it is `gated`, half of each panel are gates, and of them and the other half come half as many
-// outputs: silu(gate) * up.
+// Where it is `gated`, half of each panel are gates, and of them and the other half come half as
+// many outputs: silu(gate) * up.
 struct PackedLinear {
     int64_t inputs;
     int64_t outputs;

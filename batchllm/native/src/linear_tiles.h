@@ -1,4 +1,9 @@
-// A strip of rows times a panel in matrix tiles.
+// Products in matrix tiles: strips of up to 32 rows times the panels of linear.cpp.
+//
+// A step of a strip and a panel is four products of tiles. To read their four operands takes as
+// long from the first-level cache, and longer from the second. So one of the two is to stay in the
+// first: the strip, where it fits there and meets many panels (`by_groups`), else the panel
+// (`by_panels`).
 #pragma once
 
 #include <omp.h>
@@ -11,8 +16,8 @@
 #include "tiles.h"
 
 #if defined(BATCHLLM_TILES)
-constexpr int TILE_STRIP = 2 * TILE_ROWS;  // rows
-constexpr int TILE_PANEL = 2 * W;          // outputs
+constexpr int TILE_STRIP = 2 * TILE_ROWS;    // rows
+constexpr int TILE_PANEL = 2 * W;            // outputs
 constexpr int64_t STRIP_BYTES = 40 * 1024;   // of rows, in the first-level cache
 constexpr int64_t BLOCK_BYTES = 768 * 1024;  // of rows, in the second-level cache
 constexpr int64_t GROUP_BYTES = 600 * 1024;  // of panels, the same
@@ -30,7 +35,10 @@ INLINE void multiply_tile() {
 struct Fetch {
     const char *next, *end;
 
-    int lines_a_step(int64_t steps) const { return int((end - next + 64 * steps - 1) / (64 * steps)); }
+    int lines_a_step(int64_t steps) const {
+        const int64_t lines = (end - next + 63) / 64;
+        return int((lines + steps - 1) / steps);
+    }
 
     INLINE void lines(int count) {
         for (int i = 0; i < count && next < end; i++, next += 64)
@@ -252,10 +260,10 @@ class TileWork {
     // Whether a strip of many stays in the first-level cache beside what else is read.
     bool strips_stay() const { return strips > 2 && panel_bytes <= STRIP_BYTES; }
 
-    // A panel meets a block of rows, which stays in the second-level cache, so that few rows read
-    // every panel from memory once. A thread asks for its next panels before it needs them, to fetch
+    // A panel meets a block of rows, which stays in the second-level cache; few rows read every
+    // panel from memory once. A thread asks for its next panels before it needs them, to fetch
     // them. Pairs first, and as many for each thread: one tile of rows is multiplied by two panels
-    // at once, and two of a gated weight put out a line of the cache, that one thread should write.
+    // at once, and two of a gated weight put out a line of the cache, which one thread should write.
     void by_panels() {
         const int64_t fitting = std::max<int64_t>(8, BLOCK_BYTES / panel_bytes);
         const int64_t blocks = (strips + fitting - 1) / fitting;
