@@ -19,6 +19,7 @@ class DeviceOperations:
         self.add_rms_norm = rows.add_rms_norm
         self.silu_and_multiply = rows.silu_and_multiply
         self.pack_gated = rows.pack_gated
+        self.pack_blocks = rows.pack_blocks
         self.argmax = rows.argmax
 
     def pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:

@@ -1,12 +1,13 @@
 """A model's operations by FlashInfer's kernels: between products one pass over memory each."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from batchllm.flashinfer_library import load_flashinfer
 from batchllm.models.linear import Product
-from batchllm.models.operations import Operations
+from batchllm.models.operations import LayerParts, Operations
 
 _DTYPES = (torch.bfloat16, torch.float16)
 
@@ -41,6 +42,9 @@ class FlashInferOperations:
     ) -> Product | None:
         """See `Operations`."""
         return self._rest.pack_gated(weight, bias, quantization)
+
+    def pack_blocks(self, layers: Sequence[LayerParts], eps: float) -> None:
+        """See `Operations`."""
 
     def add_rms_norm(
         self, hidden: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float

@@ -38,6 +38,12 @@ class Linear:
             self.input_peaks = torch.maximum(self.input_peaks, x.float().abs().amax(dim=0))
         return F.linear(x, self.weight, self.bias)
 
+    @property
+    def product(self) -> Product:
+        """What the weight was packed as."""
+        assert self._product is not None, "not packed yet"
+        return self._product
+
     def observe(self) -> None:
         """From now on keep the largest of each input, without sign, in `input_peaks`."""
         assert self.weight is not None, "packed already"
@@ -72,15 +78,17 @@ class GatedLinear(Linear):
     ) -> None:
         super().__init__(inputs, 2 * size, dtype=dtype, bias=bias)
         self._activate = activate
-        self._gated: Product | None = None
+        self._is_gated = False
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[rows, inputs] to [rows, size]."""
-        return self._activate(super().__call__(x)) if self._gated is None else self._gated(x)
+        out = super().__call__(x)
+        return out if self._is_gated else self._activate(out)
 
     def pack_gated(self, product: Product) -> None:
         """Take a product that does all of it instead of the weight."""
-        self._gated = product
+        self._product = product
+        self._is_gated = True
         self.weight = None
 
 

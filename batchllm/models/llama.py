@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from batchllm.errors import ModelError
 from batchllm.models.config import ModelConfig
 from batchllm.models.linear import GatedLinear, Linear
-from batchllm.models.operations import Operations
+from batchllm.models.operations import Blocks, LayerParts, Operations
 from batchllm.models.parallel import WHOLE, Shard
 from batchllm.models.rope import RotaryEmbedding
 from batchllm.models.smoothing import channel_factors
@@ -31,6 +31,17 @@ class LlamaLayer:
     post_norm: torch.Tensor
     gate_up: GatedLinear
     down: Linear
+
+    def parts(self) -> LayerParts:
+        """For `Operations.pack_blocks`, once all is packed."""
+        return LayerParts(
+            self.input_norm,
+            self.qkv.product,
+            self.output.product,
+            self.post_norm,
+            self.gate_up.product,
+            self.down.product,
+        )
 
 
 class LlamaModel:
@@ -54,6 +65,7 @@ class LlamaModel:
         self._embedding = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype)
         self._norm = torch.empty(config.hidden_size, dtype=dtype)
         self._layers = [self._empty_layer() for _ in range(config.num_layers)]
+        self._blocks: Blocks | None = None
         begin, end = shard.bounds(config.vocab_size)
         self._head = Linear(config.hidden_size, end - begin, dtype=dtype)
         if config.tie_word_embeddings:
@@ -113,6 +125,9 @@ class LlamaModel:
                     linear.pack_gated(product)
                     continue
             linear.pack(packs[quantization])
+        if self._shard.size == 1:
+            parts = [layer.parts() for layer in self._layers]
+            self._blocks = operations.pack_blocks(parts, self.config.rms_norm_eps)
 
     def forward(
         self, token_ids: torch.Tensor, attend: Attend, sample_rows: torch.Tensor
@@ -138,11 +153,17 @@ class LlamaModel:
         """The same, for who attends to several passes in turn."""
         operations, shard, eps = self._operations, self._shard, self.config.rms_norm_eps
         hidden = F.embedding(token_ids, self._embedding)
+        blocks = None if self._blocks is None else self._blocks.start(hidden)
+        qkv: torch.Tensor | None = None
         delta: torch.Tensor | None = None
         for index, layer in enumerate(self._layers):
-            normed = operations.add_rms_norm(hidden, delta, layer.input_norm, eps)
-            qkv = layer.qkv(normed).view(len(hidden), -1, self.config.head_dim)
-            attended = yield index, qkv
+            if qkv is None:
+                qkv = layer.qkv(operations.add_rms_norm(hidden, delta, layer.input_norm, eps))
+            attended = yield index, qkv.view(hidden.shape[0], -1, self.config.head_dim)
+            if blocks is not None and index < len(self._layers) - 1:
+                qkv = blocks.run(index, attended)
+                continue
+            qkv = None
             if index == len(self._layers) - 1:
                 hidden, attended = hidden[sample_rows], attended[sample_rows]
             delta = shard.sum(layer.output(attended))

@@ -74,18 +74,7 @@ class NativeProducts:
         packed = _Packed(kernels, self._slabs, weight, bias, gated=gated)
         widens = is_bfloat16 and kernels.widened_bytes > 0  # to float32
 
-        def product(x: torch.Tensor) -> torch.Tensor:
-            out = packed.output_for(x)
-            widened = torch.empty(x.shape if widens else 0)
-            kernels.linear(
-                is_bfloat16,
-                x.shape[0],
-                packed.address,
-                *[tensor.data_ptr() for tensor in (x, widened, out)],
-            )
-            return out
-
-        return product
+        return NativeProduct(kernels, packed, is_int8=False, scratch_bytes=4 if widens else 0)
 
     def _rounded(
         self, weight: torch.Tensor, bias: torch.Tensor | None, *, gated: bool = False
@@ -96,25 +85,48 @@ class NativeProducts:
             rounded = rounded.view(-1, 4)[:, [0, 2, 1, 3]].view(rounded.shape)
         packed = _Packed(kernels, self._slabs, rounded, bias, scales, gated=gated)
 
-        def product(x: torch.Tensor) -> torch.Tensor:
-            out = packed.output_for(x)
-            rows = torch.empty(x.numel() * kernels.rounded_bytes, dtype=torch.uint8)
-            row_scales = torch.empty(x.shape[0])
-            kernels.linear_int8(
-                x.dtype == torch.bfloat16,
-                x.shape[0],
-                packed.address,
-                *[tensor.data_ptr() for tensor in (x, rows, row_scales, out)],
-            )
-            return out
-
-        return product
+        return NativeProduct(kernels, packed, is_int8=True, scratch_bytes=kernels.rounded_bytes)
 
 
 def _in_turn(gates_and_ups: torch.Tensor, width: int) -> torch.Tensor:
     """`width` rows of the first half, as many of the second, and so on."""
     halves = gates_and_ups.view(2, -1, width, *gates_and_ups.shape[1:])
     return halves.transpose(0, 1).reshape(gates_and_ups.shape)
+
+
+class NativeProduct:
+    """A product by the compiled kernels; `scratch_bytes` of memory for each value that goes in."""
+
+    def __init__(
+        self, kernels: NativeKernels, packed: "_Packed", *, is_int8: bool, scratch_bytes: int
+    ) -> None:
+        self._kernels = kernels
+        self.packed = packed
+        self.is_int8 = is_int8
+        self.scratch_bytes = scratch_bytes
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[rows, inputs] to [rows, outputs], in the dtype of what goes in."""
+        kernels, packed, rows = self._kernels, self.packed, x.shape[0]
+        assert x.is_contiguous() and x.shape[1] == packed.inputs, (x.shape, packed.inputs)
+        out = x.new_empty(rows, packed.outputs)
+        is_bfloat16 = x.dtype == torch.bfloat16
+        scratch = torch.empty(x.numel() * self.scratch_bytes, dtype=torch.uint8)
+        if self.is_int8:
+            row_scales = torch.empty(rows)
+            kernels.linear_int8(
+                is_bfloat16,
+                rows,
+                packed.address,
+                x.data_ptr(),
+                scratch.data_ptr(),
+                row_scales.data_ptr(),
+                out.data_ptr(),
+            )
+        else:
+            pointers = (x.data_ptr(), scratch.data_ptr(), out.data_ptr())
+            kernels.linear(is_bfloat16, rows, packed.address, *pointers)
+        return out
 
 
 class _Packed:
@@ -130,8 +142,8 @@ class _Packed:
         *,
         gated: bool = False,
     ) -> None:
-        rows, self._inputs = weight.shape
-        self._outputs = rows // 2 if gated else rows
+        rows, self.inputs = weight.shape
+        self.outputs = rows // 2 if gated else rows
         width = kernels.panel_width
         more = -rows % width
         words = weight.contiguous().view(torch.int32)  # a group of inputs is a word
@@ -144,13 +156,11 @@ class _Packed:
             bias = F.pad(bias.float(), (0, more))
         self._tensors = (slabs.copy(panels.transpose(1, 2)), scales, starts, bias)
         self._struct = _PackedLinear(
-            self._inputs,
+            self.inputs,
             rows,
             gated,
             *[None if tensor is None else tensor.data_ptr() for tensor in self._tensors],
         )
         self.address = ctypes.byref(self._struct)
-
-    def output_for(self, x: torch.Tensor) -> torch.Tensor:
-        assert x.is_contiguous() and x.shape[1] == self._inputs, (x.shape, self._inputs)
-        return x.new_empty(x.shape[0], self._outputs)
+        self.pointer = ctypes.addressof(self._struct)
+        self.gated = gated

@@ -1,10 +1,14 @@
 """A model's operations, compiled: between its products one pass over memory each."""
 
+from collections.abc import Sequence
+
 import torch
 
 from batchllm.models.float8_linear import pack_float8
 from batchllm.models.linear import Product
+from batchllm.models.native_blocks import NativeBlocks
 from batchllm.models.native_linear import NativeProducts
+from batchllm.models.operations import LayerParts
 from batchllm.native.kernels import NativeKernels, only_torch_has_tiles
 
 
@@ -38,6 +42,10 @@ class NativeOperations:
     ) -> Product | None:
         """See `Operations`."""
         return self._products.pack_gated(weight, bias, quantization)
+
+    def pack_blocks(self, layers: Sequence[LayerParts], eps: float) -> NativeBlocks | None:
+        """See `Operations`."""
+        return NativeBlocks.of(self._kernels, layers, eps)
 
     def add_rms_norm(
         self, hidden: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float

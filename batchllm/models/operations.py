@@ -1,5 +1,7 @@
 """What a model computes with: products, and what lies between them."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -7,6 +9,44 @@ import torch.nn.functional as F
 
 from batchllm.models.float8_linear import pack_float8
 from batchllm.models.linear import Product, pack_torch, pack_torch_int8
+
+
+@dataclass(frozen=True, slots=True)
+class LayerParts:
+    """A layer's packed products and its norms' weights [hidden_size].
+
+    `gate_up` takes the activation along if it is `gated`.
+    """
+
+    input_norm: torch.Tensor
+    qkv: Product
+    output: Product
+    post_norm: torch.Tensor
+    gate_up: Product
+    down: Product
+
+    def products(self) -> tuple[Product, ...]:
+        """All four."""
+        return self.qkv, self.output, self.gate_up, self.down
+
+
+class BlockPass(Protocol):
+    """One step's way through the blocks between its layers' attentions."""
+
+    def run(self, layer: int, attended: torch.Tensor) -> torch.Tensor:
+        """From a layer's attention [rows, heads * head_dim] to the next one's qkv.
+
+        Which is [rows, (heads + 2 kv_heads) * head_dim], in the same memory each time.
+        """
+        ...
+
+
+class Blocks(Protocol):
+    """Those blocks, of all layers."""
+
+    def start(self, hidden: torch.Tensor) -> BlockPass:
+        """Begin a pass; `hidden` [rows, hidden_size] is updated in place."""
+        ...
 
 
 class Operations(Protocol):
@@ -30,6 +70,13 @@ class Operations(Protocol):
         """A product and `silu_and_multiply` in one, [rows, inputs] to [rows, outputs / 2].
 
         None where they are two; `quantization` is None, int8 or fp8.
+        """
+        ...
+
+    def pack_blocks(self, layers: Sequence[LayerParts], eps: float) -> Blocks | None:
+        """What lies between the attentions of `layers`, each time in one call.
+
+        None where it is several.
         """
         ...
 
@@ -72,6 +119,9 @@ class TorchOperations:
     def pack_gated(
         self, weight: torch.Tensor, bias: torch.Tensor | None, quantization: str | None
     ) -> None:
+        """See `Operations`."""
+
+    def pack_blocks(self, layers: Sequence[LayerParts], eps: float) -> None:
         """See `Operations`."""
 
     def add_rms_norm(

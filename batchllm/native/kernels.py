@@ -46,7 +46,10 @@ class NativeKernels:
         self.linear.argtypes = [c_int32, c_int64, *[c_void_p] * 4]
         self.linear_int8 = library.batchllm_linear_int8
         self.linear_int8.argtypes = [c_int32, c_int64, *[c_void_p] * 5]
+        self.block = library.batchllm_block
+        self.block.argtypes = [c_void_p, c_void_p, c_int64, c_void_p]
         for function in (
+            self.block,
             self.attention,
             self.add_rms_norm,
             self.silu_and_multiply,

@@ -1,10 +1,12 @@
 """Where a step's time goes: the runner's parts, each with a clock around its calls."""
 
+from collections.abc import Sequence
+
 import torch
 
 from batchllm.attention.backend import AttentionBackend, LayerPlan
 from batchllm.models.linear import Product
-from batchllm.models.operations import Operations
+from batchllm.models.operations import LayerParts, Operations
 from batchllm.models.rope import Rotation
 from batchllm.runner.clock import ATTENTION, PRODUCTS, ROW_WISE, SAMPLING, Clock
 from batchllm.runner.model_input import ModelInput
@@ -39,6 +41,9 @@ class TimedOperations:
         """See `Operations`."""
         product = self._operations.pack_gated(weight, bias, quantization)
         return None if product is None else self._clock.timed(PRODUCTS, product)
+
+    def pack_blocks(self, layers: Sequence[LayerParts], eps: float) -> None:
+        """None: in one call, parts cannot be timed."""
 
 
 class TimedBackend:

@@ -1,0 +1,116 @@
+"""What lies between layers' attention, each time in one call (native/src/block.cpp)."""
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import c_float, c_int32, c_int64, c_void_p
+from itertools import pairwise
+
+import torch
+
+from batchllm.models.linear import Product
+from batchllm.models.native_linear import NativeProduct
+from batchllm.models.operations import LayerParts
+from batchllm.native.kernels import NativeKernels
+
+
+class _Block(ctypes.Structure):
+    """`Block` of native/src/block.h."""
+
+    _fields_ = [
+        ("hidden_size", c_int64),
+        ("epsilon", c_float),
+        *[(name, c_int32) for name in ("is_bfloat16", "is_int8")],
+        *[(name, c_void_p) for name in ("output", "post_norm", "gate_up", "down")],
+        *[(name, c_void_p) for name in ("input_norm", "qkv")],
+    ]
+
+
+class _Memory(ctypes.Structure):
+    """`BlockMemory` of native/src/block.h."""
+
+    _fields_ = [
+        *[(name, c_void_p) for name in ("hidden", "normed", "delta", "gate_up", "inner", "qkv")],
+        *[(name, c_void_p) for name in ("scratch", "row_scales")],
+    ]
+
+
+class NativeBlocks:
+    """The blocks between the attentions of `layers`, which are kept; all products are of a kind."""
+
+    def __init__(self, kernels: NativeKernels, layers: Sequence[LayerParts], eps: float) -> None:
+        self._kernels = kernels
+        self._layers = layers
+        products = [_native(product) for layer in layers for product in layer.products()]
+        first, norm = layers[0], layers[0].input_norm
+        self._scratch_bytes = max(p.packed.inputs * p.scratch_bytes for p in products)
+        self._qkv_size = _native(first.qkv).packed.outputs
+        self._inner_size = _native(first.down).packed.inputs
+        self._gated = _native(first.gate_up).packed.gated
+        self._blocks = [
+            _Block(
+                norm.numel(),
+                eps,
+                norm.dtype == torch.bfloat16,
+                products[0].is_int8,
+                _native(layer.output).packed.pointer,
+                layer.post_norm.data_ptr(),
+                _native(layer.gate_up).packed.pointer,
+                _native(layer.down).packed.pointer,
+                following.input_norm.data_ptr(),
+                _native(following.qkv).packed.pointer,
+            )
+            for layer, following in pairwise(layers)
+        ]
+
+    @classmethod
+    def of(
+        cls, kernels: NativeKernels, layers: Sequence[LayerParts], eps: float
+    ) -> "NativeBlocks | None":
+        """None where some product is not the kernels', or they are of two kinds."""
+        products = [product for layer in layers for product in layer.products()]
+        kinds = {p.is_int8 if isinstance(p, NativeProduct) else None for p in products}
+        return cls(kernels, layers, eps) if len(kinds) == 1 and None not in kinds else None
+
+    def start(self, hidden: torch.Tensor) -> "NativePass":
+        """See `Blocks`."""
+        assert hidden.is_contiguous()
+        rows, inner = hidden.shape[0], self._inner_size
+        gate_up = 0 if self._gated else 2 * inner
+        tensors = [
+            hidden,
+            torch.empty_like(hidden),
+            torch.empty_like(hidden),
+            *[hidden.new_empty(rows, size) for size in (gate_up, inner, self._qkv_size)],
+            torch.empty(rows * self._scratch_bytes, dtype=torch.uint8),
+            torch.empty(rows),
+        ]
+        return NativePass(self._kernels, self._blocks, tensors)
+
+
+class NativePass:
+    """One step's way through the blocks, in memory of its own."""
+
+    def __init__(
+        self, kernels: NativeKernels, blocks: Sequence[_Block], tensors: list[torch.Tensor]
+    ) -> None:
+        self._function = kernels.block
+        self._blocks = blocks
+        self._tensors = tensors  # what `_memory` points to
+        self._memory = _Memory(*[tensor.data_ptr() for tensor in tensors])
+        self._qkv = tensors[5]
+
+    def run(self, layer: int, attended: torch.Tensor) -> torch.Tensor:
+        """See `BlockPass`."""
+        assert attended.is_contiguous() and attended.shape[0] == self._qkv.shape[0]
+        self._function(
+            ctypes.byref(self._blocks[layer]),
+            ctypes.byref(self._memory),
+            attended.shape[0],
+            attended.data_ptr(),
+        )
+        return self._qkv
+
+
+def _native(product: Product) -> NativeProduct:
+    assert isinstance(product, NativeProduct)
+    return product

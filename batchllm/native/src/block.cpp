@@ -1,0 +1,41 @@
+// Seven operations in one call. Each of them reads and writes so much that the caller's code is no
+// longer in any cache after it, and would take several times as long as it takes by itself.
+#include "block.h"
+
+#include "elementwise.h"
+
+namespace {
+
+void multiply(
+    const Block& block, const BlockMemory& memory, int64_t rows, const PackedLinear* linear,
+    const void* x, void* out) {
+    if (block.is_int8)
+        batchllm_linear_int8(
+            block.is_bfloat16, rows, linear, x, memory.scratch, memory.row_scales, out);
+    else
+        batchllm_linear(block.is_bfloat16, rows, linear, x, memory.scratch, out);
+}
+
+}  // namespace
+
+extern "C" void batchllm_block(
+    const Block* block, const BlockMemory* memory, int64_t rows, const void* attended) {
+    const Block& b = *block;
+    const BlockMemory& m = *memory;
+    const auto norm = [&](const void* weight) {
+        batchllm_add_rms_norm(
+            b.is_bfloat16, rows, b.hidden_size, b.epsilon, m.hidden, m.delta, weight, m.normed);
+    };
+    multiply(b, m, rows, b.output, attended, m.delta);
+    norm(b.post_norm);
+    if (b.gate_up->gated) {
+        multiply(b, m, rows, b.gate_up, m.normed, m.inner);
+    } else {
+        multiply(b, m, rows, b.gate_up, m.normed, m.gate_up);
+        batchllm_silu_and_multiply(
+            b.is_bfloat16, rows, b.gate_up->outputs / 2, m.gate_up, m.inner);
+    }
+    multiply(b, m, rows, b.down, m.inner, m.delta);
+    norm(b.input_norm);
+    multiply(b, m, rows, b.qkv, m.normed, m.qkv);
+}
