@@ -13,7 +13,8 @@ class BlockPool:
 
     Every block has exactly one owner, a tree node or a sequence, so there are no reference counts:
     who shares a block holds its owner. Freed blocks are handed out again last-in first-out, while
-    they are still in the caches. The pool never evicts; when it is empty, the scheduler decides.
+    they are still in the caches; once all are free, in the order in which they lie in memory, since
+    neighbours are read faster. The pool never evicts; when it is empty, the scheduler decides.
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
@@ -22,7 +23,7 @@ class BlockPool:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.peak_used = 0
-        self._stack = np.arange(num_blocks - 1, -1, -1, dtype=np.int32)
+        self._stack = _in_order(num_blocks)
         self._num_free = num_blocks
 
     @property
@@ -45,6 +46,8 @@ class BlockPool:
         begin = self._num_free
         self.give_back(len(block_ids))
         self._stack[begin : self._num_free] = block_ids[::-1]
+        if self._num_free == self.num_blocks:
+            self._stack = _in_order(self.num_blocks)
 
     def take(self, count: int) -> None:
         """Take `count` blocks without asking which; to be given back the same way."""
@@ -62,3 +65,8 @@ class BlockPool:
         everything = np.sort(np.concatenate([self._stack[: self._num_free], held]))
         whole = np.arange(self.num_blocks)
         assert np.array_equal(everything, whole), "a block is lost or held twice"
+
+
+def _in_order(num_blocks: int) -> BlockIds:
+    """A stack with the first block on top."""
+    return np.arange(num_blocks - 1, -1, -1, dtype=np.int32)

@@ -73,7 +73,6 @@ class NativeProducts:
         kernels, is_bfloat16 = self._kernels, weight.dtype == torch.bfloat16
         packed = _Packed(kernels, self._slabs, weight, bias, gated=gated)
         widens = is_bfloat16 and kernels.widened_bytes > 0  # to float32
-
         return NativeProduct(kernels, packed, is_int8=False, scratch_bytes=4 if widens else 0)
 
     def _rounded(
@@ -84,7 +83,6 @@ class NativeProducts:
         if kernels.rounded_bytes == 2:  # the order that its inputs are taken in, see linear.h
             rounded = rounded.view(-1, 4)[:, [0, 2, 1, 3]].view(rounded.shape)
         packed = _Packed(kernels, self._slabs, rounded, bias, scales, gated=gated)
-
         return NativeProduct(kernels, packed, is_int8=True, scratch_bytes=kernels.rounded_bytes)
 
 

@@ -206,6 +206,16 @@ def test_block_counts_count_what_block_tables_hold(moves):
         assert pools[0].peak_used == pools[1].peak_used
 
 
+def test_freed_blocks_come_again_at_once_and_in_order_once_all_are_free():
+    pool = BlockPool(8, 4)
+    first, second = pool.allocate(3), pool.allocate(2)
+    pool.free(second[::-1])
+    assert pool.allocate(2).tolist() == second[::-1].tolist()
+    pool.free(first[[2, 0, 1]])
+    pool.free(second)
+    assert pool.allocate(8).tolist() == list(range(8))
+
+
 def test_block_tables_take_more_owners_than_they_had_rows_for():
     pool = BlockPool(1000, 4)
     tables = BlockTables(pool, 500)
