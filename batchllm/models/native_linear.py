@@ -115,7 +115,7 @@ class NativeProduct:
             kernels.linear_int8(
                 is_bfloat16,
                 rows,
-                packed.address,
+                packed.pointer,
                 x.data_ptr(),
                 scratch.data_ptr(),
                 row_scales.data_ptr(),
@@ -123,7 +123,7 @@ class NativeProduct:
             )
         else:
             pointers = (x.data_ptr(), scratch.data_ptr(), out.data_ptr())
-            kernels.linear(is_bfloat16, rows, packed.address, *pointers)
+            kernels.linear(is_bfloat16, rows, packed.pointer, *pointers)
         return out
 
 
@@ -159,6 +159,5 @@ class _Packed:
             gated,
             *[None if tensor is None else tensor.data_ptr() for tensor in self._tensors],
         )
-        self.address = ctypes.byref(self._struct)
         self.pointer = ctypes.addressof(self._struct)
         self.gated = gated

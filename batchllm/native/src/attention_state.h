@@ -20,6 +20,7 @@ constexpr int KEYS = 256;  // most keys a pass: their scores stay in the first-l
 #if defined(BATCHLLM_TILES)
 constexpr int MOST_ROWS = 2 * TILE_ROWS;  // whose scores are there at once
 constexpr int ROOM_ROWS = MOST_ROWS + TILE_ROWS;  // a tile may begin at the last
+constexpr int LINES_A_ROW = 16;                   // fetched while a row is weighed
 #else
 constexpr int MOST_ROWS = W, ROOM_ROWS = W;
 #endif
@@ -114,7 +115,7 @@ INLINE Floats weigh_rows(
         for (; p < num_panels; p++) Product<T>::put(weights + p * W, Floats{});
         store(sums, total);
 #if defined(BATCHLLM_TILES)  // vectors fetch all beside the keys' products, which take longer
-        scratch.ahead.fetch(16);
+        scratch.ahead.fetch(LINES_A_ROW);
 #endif
     }
     return keep;

@@ -46,7 +46,7 @@ struct Float32Product {
     }
 };
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) || defined(BATCHLLM_EMULATED_TILES)
 struct Bfloat16Product {
     typedef uint16_t Value;
     typedef Floats Sums;
@@ -57,25 +57,15 @@ struct Bfloat16Product {
     static INLINE Floats floats(Sums sums) { return sums; }
     static INLINE Words part(Words column, int) { return column; }
     static INLINE Sums add_product(Sums sum, Words part, const Value* row) {
+#if defined(__AVX512BF16__)
         int32_t word;
         std::memcpy(&word, row, 4);
         return (Floats)_mm512_dpbf16_ps(
             (__m512)sum, (__m512bh)part, (__m512bh)_mm512_set1_epi32(word));
-    }
-};
-#elif defined(BATCHLLM_EMULATED_TILES)
-struct Bfloat16Product {
-    typedef uint16_t Value;
-    typedef Floats Sums;
-    static constexpr int GROUP = 2, PARTS = 1;
-    static constexpr bool SCALED = false;
-
-    static INLINE void put(Value* to, Floats v) { Bfloat16::narrow(to, v); }
-    static INLINE Floats floats(Sums sums) { return sums; }
-    static INLINE Words part(Words column, int) { return column; }
-    static INLINE Sums add_product(Sums sum, Words part, const Value* row) {
+#else
         return sum + (Floats)(part << 16) * float_of(row[0]) +
                (Floats)(part & int32_t(0xffff0000u)) * float_of(row[1]);
+#endif
     }
 };
 #else
