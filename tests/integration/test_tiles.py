@@ -4,6 +4,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from attention_checks import TREES, check, deep_tree, poisoned_rows
@@ -11,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from batchllm.attention.native import NativeBackend
+from batchllm.cache import block_pool
 from batchllm.models.linear import pack_torch_int8
 from batchllm.models.native_linear import NativeProducts
 from batchllm.models.operations import TorchOperations
@@ -163,6 +165,23 @@ def test_attention_equals_reference_on_long_and_on_poisoned_rows(kernels, block_
         rows,
         NativeBackend(block_size, 64, kernels),
         block_size=block_size,
+        budget=100,
+        head_dim=64,
+        dtype=torch.bfloat16,
+        tolerance=3e-2,
+    )
+    assert done.steps > 5
+
+
+def test_blocks_that_are_no_neighbours_in_memory(kernels, monkeypatch):
+    def scattered(num_blocks):
+        return np.random.default_rng(0).permutation(num_blocks).astype(np.int32)
+
+    monkeypatch.setattr(block_pool, "_in_order", scattered)
+    done = check(
+        deep_tree(),
+        NativeBackend(16, 64, kernels),
+        block_size=16,
         budget=100,
         head_dim=64,
         dtype=torch.bfloat16,
