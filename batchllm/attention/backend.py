@@ -1,6 +1,6 @@
 """What an attention backend is, and which there are."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Protocol, runtime_checkable
@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from batchllm.errors import UsageError
+from batchllm.models.operations import AttentionCalls
 from batchllm.models.rope import Rotation
 from batchllm.runner.model_input import ModelInput
 from batchllm.runner.staging import Place, Put
@@ -33,6 +34,17 @@ class LayerPlan(Protocol):
         Returns:
             [num_tokens, num_heads * head_dim], in the dtype of `qkv`.
         """
+        ...
+
+
+@runtime_checkable
+class CompiledPlan(LayerPlan, Protocol):
+    """A plan that kernels can run, layer after layer."""
+
+    def calls(
+        self, qkv: Sequence[torch.Tensor], keys: torch.Tensor, values: torch.Tensor
+    ) -> AttentionCalls:
+        """What to call for the first layers, each with its `qkv`; the caches are all layers'."""
         ...
 
 

@@ -1,6 +1,7 @@
 """Attention by the compiled kernels: one parallel call a layer."""
 
 import ctypes
+from collections.abc import Sequence
 from ctypes import c_int32, c_int64, c_void_p
 from dataclasses import dataclass, fields
 
@@ -9,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from batchllm.errors import UsageError
+from batchllm.models.operations import AttentionCalls
 from batchllm.models.rope import Rotation
 from batchllm.native.kernels import NativeKernels, load_kernels
 from batchllm.runner.model_input import AttentionItems, ModelInput
@@ -165,17 +167,42 @@ class NativePlan:
 
     def run(self, qkv: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """See `LayerPlan.run`."""
-        assert qkv.is_contiguous() and keys.is_contiguous() and values.is_contiguous()
-        num_tokens, width, head_dim = qkv.shape
-        num_heads = width - 2 * keys.shape[2]
-        if self._tiles is None:
-            self._tiles = self._prepare(num_heads, keys.shape, qkv.dtype)
-        out = qkv.new_empty(num_tokens, num_heads * head_dim)
+        out = self._prepare(qkv, keys, values)
         layer = _Layer(qkv.data_ptr(), keys.data_ptr(), values.data_ptr(), out.data_ptr())
         self._kernels.attention(ctypes.byref(self._step), ctypes.byref(layer))
         return out
 
-    def _prepare(self, num_heads: int, cache: torch.Size, dtype: torch.dtype) -> Tiles:
+    def calls(
+        self, qkv: Sequence[torch.Tensor], keys: torch.Tensor, values: torch.Tensor
+    ) -> AttentionCalls:
+        """See `CompiledPlan`."""
+        assert keys.is_contiguous() and values.is_contiguous()
+        out = self._prepare(qkv[0], keys[0], values[0])
+        layer_bytes = keys.stride(0) * keys.itemsize
+        layers = [
+            _Layer(
+                layer_qkv.data_ptr(),
+                keys.data_ptr() + i * layer_bytes,
+                values.data_ptr() + i * layer_bytes,
+                out.data_ptr(),
+            )
+            for i, layer_qkv in enumerate(qkv)
+        ]
+        array = (_Layer * len(layers))(*layers)
+        return AttentionCalls(
+            ctypes.addressof(self._step), ctypes.addressof(array), (self, array, qkv, out)
+        )
+
+    def _prepare(self, qkv: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Cut the tiles if they are not; returns memory for what a layer's attention puts out."""
+        assert qkv.is_contiguous() and keys.is_contiguous() and values.is_contiguous()
+        num_tokens, width, head_dim = qkv.shape
+        num_heads = width - 2 * keys.shape[2]
+        if self._tiles is None:
+            self._tiles = self._cut(num_heads, keys.shape, qkv.dtype)
+        return qkv.new_empty(num_tokens, num_heads * head_dim)
+
+    def _cut(self, num_heads: int, cache: torch.Size, dtype: torch.dtype) -> Tiles:
         items, num_tokens = self._input.items, len(self._input.token_ids)
         num_blocks, _, num_kv_heads, head_dim = cache
         even = num_tokens * num_kv_heads // (_UNITS_A_THREAD * torch.get_num_threads())

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from batchllm.errors import ModelError
 from batchllm.models.config import ModelConfig
 from batchllm.models.linear import GatedLinear, Linear
-from batchllm.models.operations import Blocks, LayerParts, Operations
+from batchllm.models.operations import Blocks, CompiledAttend, LayerParts, Operations
 from batchllm.models.parallel import WHOLE, Shard
 from batchllm.models.rope import RotaryEmbedding
 from batchllm.models.smoothing import channel_factors
@@ -140,7 +140,8 @@ class LlamaModel:
             sample_rows: int64 [num_samples]. What the last layer computes after its attention
                 concerns nobody else, so it is computed for these alone.
         """
-        layers = self.layers(token_ids, sample_rows)
+        compiled = attend if isinstance(attend, CompiledAttend) else None
+        layers = self.layers(token_ids, sample_rows, compiled)
         try:
             asked = next(layers)
             while True:
@@ -149,17 +150,31 @@ class LlamaModel:
             hidden: torch.Tensor = end.value
         return hidden
 
-    def layers(self, token_ids: torch.Tensor, sample_rows: torch.Tensor) -> Layers:
-        """The same, for who attends to several passes in turn."""
+    def layers(
+        self,
+        token_ids: torch.Tensor,
+        sample_rows: torch.Tensor,
+        attend: CompiledAttend | None = None,
+    ) -> Layers:
+        """The same, for who attends to several passes in turn.
+
+        With `attend` kernels may do all layers but the last before it stops.
+        """
         operations, shard, eps = self._operations, self._shard, self.config.rms_norm_eps
         hidden = F.embedding(token_ids, self._embedding)
         blocks = None if self._blocks is None else self._blocks.start(hidden)
         qkv: torch.Tensor | None = None
         delta: torch.Tensor | None = None
-        for index, layer in enumerate(self._layers):
+        begin, shape = 0, (hidden.shape[0], -1, self.config.head_dim)
+        if blocks is not None and attend is not None:
+            layer = self._layers[0]
+            first = layer.qkv(operations.add_rms_norm(hidden, None, layer.input_norm, eps))
+            qkv = blocks.run_all(first.view(shape), attend)
+            begin, qkv = (0, first) if qkv is None else (len(self._layers) - 1, qkv)
+        for index, layer in enumerate(self._layers[begin:], begin):
             if qkv is None:
                 qkv = layer.qkv(operations.add_rms_norm(hidden, delta, layer.input_norm, eps))
-            attended = yield index, qkv.view(hidden.shape[0], -1, self.config.head_dim)
+            attended = yield index, qkv.view(shape)
             if blocks is not None and index < len(self._layers) - 1:
                 qkv = blocks.run(index, attended)
                 continue

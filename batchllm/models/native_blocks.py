@@ -1,4 +1,4 @@
-"""What lies between layers' attention, each time in one call (native/src/block.cpp)."""
+"""What lies between layers' attention in one call, or all layers in one (native/src/block.cpp)."""
 
 import ctypes
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import torch
 
 from batchllm.models.linear import Product
 from batchllm.models.native_linear import NativeProduct
-from batchllm.models.operations import LayerParts
+from batchllm.models.operations import CompiledAttend, LayerParts
 from batchllm.native.kernels import NativeKernels
 
 
@@ -46,7 +46,7 @@ class NativeBlocks:
         self._qkv_size = _native(first.qkv).packed.outputs
         self._inner_size = _native(first.down).packed.inputs
         self._gated = _native(first.gate_up).packed.gated
-        self._blocks = [
+        blocks = [
             _Block(
                 norm.numel(),
                 eps,
@@ -61,6 +61,7 @@ class NativeBlocks:
             )
             for layer, following in pairwise(layers)
         ]
+        self._blocks = (_Block * len(blocks))(*blocks)
 
     @classmethod
     def of(
@@ -91,18 +92,31 @@ class NativePass:
     """One step's way through the blocks, in memory of its own."""
 
     def __init__(
-        self, kernels: NativeKernels, blocks: Sequence[_Block], tensors: list[torch.Tensor]
+        self, kernels: NativeKernels, blocks: ctypes.Array[_Block], tensors: list[torch.Tensor]
     ) -> None:
-        self._function = kernels.block
+        self._kernels = kernels
         self._blocks = blocks
         self._tensors = tensors  # what `_memory` points to
         self._memory = _Memory(*[tensor.data_ptr() for tensor in tensors])
         self._qkv = tensors[5]
 
+    def run_all(self, qkv: torch.Tensor, attend: CompiledAttend) -> torch.Tensor | None:
+        """See `BlockPass`."""
+        count = len(self._blocks)
+        if count == 0:
+            return qkv.flatten(1)
+        calls = attend.calls([qkv, *[self._qkv.view(qkv.shape)] * (count - 1)])
+        if calls is None:
+            return None
+        self._kernels.layers(
+            calls.step, calls.layers, self._blocks, ctypes.byref(self._memory), count
+        )
+        return self._qkv
+
     def run(self, layer: int, attended: torch.Tensor) -> torch.Tensor:
         """See `BlockPass`."""
         assert attended.is_contiguous() and attended.shape[0] == self._qkv.shape[0]
-        self._function(
+        self._kernels.block(
             ctypes.byref(self._blocks[layer]),
             ctypes.byref(self._memory),
             attended.shape[0],

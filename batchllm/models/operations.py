@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +30,36 @@ class LayerParts:
         return self.qkv, self.output, self.gate_up, self.down
 
 
+@dataclass(frozen=True, slots=True)
+class AttentionCalls:
+    """A step's attention as kernels call it: addresses of `Step` and of `Layer`s, one a layer.
+
+    See native/src/attention.h. `memory` is what lies there, and what that points to.
+    """
+
+    step: int
+    layers: int
+    memory: object
+
+
+@runtime_checkable
+class CompiledAttend(Protocol):
+    """Attention that kernels can call without coming back to Python between layers."""
+
+    def calls(self, qkv: Sequence[torch.Tensor]) -> AttentionCalls | None:
+        """For the first layers, whose [n, heads + 2 kv_heads, d] are given; None where it can't."""
+        ...
+
+
 class BlockPass(Protocol):
     """One step's way through the blocks between its layers' attentions."""
+
+    def run_all(self, qkv: torch.Tensor, attend: CompiledAttend) -> torch.Tensor | None:
+        """From the first layer's qkv to the last one's, with all attention between them.
+
+        None where that takes several calls.
+        """
+        ...
 
     def run(self, layer: int, attended: torch.Tensor) -> torch.Tensor:
         """From a layer's attention [rows, heads * head_dim] to the next one's qkv.

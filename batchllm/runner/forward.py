@@ -6,7 +6,8 @@ from functools import partial
 
 import torch
 
-from batchllm.attention.backend import LayerPlan
+from batchllm.attention.backend import CompiledPlan, LayerPlan
+from batchllm.models.operations import AttentionCalls
 from batchllm.models.registry import Model
 from batchllm.runner.device import SideStream, Started
 from batchllm.runner.kv_cache import KVCache
@@ -21,12 +22,27 @@ class PlannedStep:
     sample_rows: torch.Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class PlannedAttention:
+    """A step's attention over a cache, an `Attend` (models/llama.py), compiled where it can be."""
+
+    plan: LayerPlan
+    cache: KVCache
+
+    def __call__(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
+        """See `Attend`."""
+        return self.plan.run(qkv, self.cache.keys[layer], self.cache.values[layer])
+
+    def calls(self, qkv: Sequence[torch.Tensor]) -> AttentionCalls | None:
+        """See `CompiledAttend`."""
+        if not isinstance(self.plan, CompiledPlan):
+            return None
+        return self.plan.calls(qkv, self.cache.keys, self.cache.values)
+
+
 def run_layers(model: Model, cache: KVCache, step: PlannedStep) -> torch.Tensor:
     """Hidden states [num_samples, hidden_size] of the tokens to sample."""
-
-    def attend(layer: int, qkv: torch.Tensor) -> torch.Tensor:
-        return step.plan.run(qkv, cache.keys[layer], cache.values[layer])
-
+    attend = PlannedAttention(step.plan, cache)
     return model.forward(step.token_ids, attend, step.sample_rows)
 
 

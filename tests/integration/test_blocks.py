@@ -1,13 +1,21 @@
 """What lies between layers' attention in one call, against the same operations one by one."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
+from attention_trees import items_of, step_of
 from builders import random_weights, tiny_config
 
+from batchllm.attention.cascade import TorchBackend
+from batchllm.attention.native import NativeBackend
 from batchllm.models.config import ModelConfig
 from batchllm.models.native_operations import NativeOperations
 from batchllm.models.registry import make_model
 from batchllm.native.kernels import load_kernels, usable_targets
+from batchllm.runner.forward import PlannedAttention
+from batchllm.runner.kv_cache import KVCache
 
 TARGETS = [target for target in usable_targets() if load_kernels(target)]
 PLAIN = tiny_config(num_hidden_layers=4)
@@ -86,3 +94,68 @@ def test_two_passes_at_once_do_not_meet():
                 except StopIteration as end:
                     together.append(end.value)
     assert all(map(torch.equal, alone, together))
+
+
+def run_step(model, make_backend, one_call):
+    """A step of two rows under a prefix, all in one step; what was computed, and the cache."""
+    ranges = [(0, 20, 20, True, 0), (20, 23, 3, True, 20), (23, 28, 5, True, 20)]
+    step = step_of(items_of([*ranges, (20, 28, 20, False, 0)], 16), 16)
+    step = replace(step, token_ids=np.arange(28, dtype=np.int32) * 7 % 250)
+    config = model.config
+    cache = KVCache(
+        num_layers=config.num_layers,
+        num_blocks=8,
+        block_size=16,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        dtype=model.dtype,
+    )
+    plan = make_backend(16, config.head_dim).plan(
+        step, model.rotary(torch.from_numpy(step.positions))
+    )
+    attend = PlannedAttention(plan, cache)
+    hidden = model.forward(
+        torch.from_numpy(step.token_ids),
+        attend if one_call else attend.__call__,
+        torch.tensor([22, 27]),
+    )
+    return hidden, cache.keys, cache.values
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 4])
+@pytest.mark.parametrize("quantization", [None, "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("target", TARGETS)
+def test_all_layers_in_one_call_equal_one_by_one(target, dtype, quantization, num_layers):
+    kernels, calls = load_kernels(target), []
+
+    def backend(block_size, head_dim):
+        made = NativeBackend(block_size, head_dim, kernels)
+        plan = made.plan
+
+        def watched(*arguments):
+            planned = plan(*arguments)
+            original = planned.calls
+            planned.calls = lambda *a: calls.append(len(a[0])) or original(*a)
+            return planned
+
+        made.plan = watched
+        return made
+
+    with torch.inference_mode():
+        config = tiny_config(num_hidden_layers=num_layers)
+        model = make(NativeOperations, config, target, dtype, quantization)
+        together, apart = (run_step(model, backend, one_call) for one_call in (True, False))
+    of_torch = target == "portable" and quantization is None  # products, which kernels cannot call
+    assert calls == ([] if of_torch or num_layers == 1 else [num_layers - 1])
+    assert together[0].isfinite().all() and together[0].std() > 0.01
+    assert all(map(torch.equal, together, apart))
+
+
+def test_another_backends_attention_is_called_layer_by_layer():
+    if not TARGETS:
+        pytest.skip("no kernels were compiled")
+    with torch.inference_mode():
+        model = make(NativeOperations, PLAIN, TARGETS[0], torch.float32, None)
+        native, other = (run_step(model, kind, True)[0] for kind in (NativeBackend, TorchBackend))
+    torch.testing.assert_close(native, other, atol=1e-4, rtol=1e-4)

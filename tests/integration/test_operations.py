@@ -112,3 +112,17 @@ def test_targets_go_by_the_processors_flags(tmp_path):
     assert set(usable_targets(cpuinfo)) <= {"avx2", "portable"}
     assert usable_targets(cpuinfo, home=tmp_path) == []
     assert usable_targets(tmp_path / "none") in (["portable"], [])
+
+
+@pytest.mark.skipif(not TARGETS, reason="no kernels were compiled")
+def test_slow_bfloat16_comes_after_floats(tmp_path):
+    cpuinfo = tmp_path / "cpuinfo"
+    flags = "avx2 fma avx512f avx512bw avx512dq avx512vl avx512_vnni avx512_bf16"
+    orders = {}
+    for vendor in ("AuthenticAMD", "GenuineIntel"):
+        cpuinfo.write_text(f"vendor_id : {vendor}\nflags : {flags}\n")
+        orders[vendor] = usable_targets(cpuinfo)[:3]
+    if "avx512_bf16" not in orders["AuthenticAMD"]:
+        pytest.skip("the compiler here does not know bfloat16")
+    assert orders["AuthenticAMD"] == ["avx512_bf16", "avx512_vnni", "avx512"]
+    assert orders["GenuineIntel"] == ["avx512_vnni", "avx512_bf16", "avx512"]

@@ -47,4 +47,6 @@ struct Layer {
     void* out;
 };
 
+void batchllm_attention(const Step* step, const Layer* layer);
+
 }

@@ -1,4 +1,4 @@
-// Seven operations in one call. Each of them reads and writes so much that the caller's code is no
+// Seven operations in one call, and all layers' in one. Each of them reads and writes so much that the caller's code is no
 // longer in any cache after it, and would take several times as long as it takes by itself.
 #include "block.h"
 
@@ -38,4 +38,13 @@ extern "C" void batchllm_block(
     multiply(b, m, rows, b.down, m.inner, m.delta);
     norm(b.input_norm);
     multiply(b, m, rows, b.qkv, m.normed, m.qkv);
+}
+
+extern "C" void batchllm_layers(
+    const Step* step, const Layer* layers, const Block* blocks, const BlockMemory* memory,
+    int64_t count) {
+    for (int64_t i = 0; i < count; i++) {
+        batchllm_attention(step, &layers[i]);
+        batchllm_block(&blocks[i], memory, step->num_tokens, layers[i].out);
+    }
 }

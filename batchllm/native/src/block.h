@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "attention.h"
 #include "linear.h"
 
 extern "C" {
@@ -41,5 +42,11 @@ struct BlockMemory {
 // updated in place.
 void batchllm_block(
     const Block* block, const BlockMemory* memory, int64_t rows, const void* attended);
+
+// The first `count` layers, attention and what follows it. The first layer's `qkv` was computed, the
+// others' is the memory's, and so is what the last block leaves.
+void batchllm_layers(
+    const Step* step, const Layer* layers, const Block* blocks, const BlockMemory* memory,
+    int64_t count);
 
 }
