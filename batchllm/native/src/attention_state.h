@@ -97,18 +97,22 @@ INLINE Floats weigh_rows(
         Row<T>* weights = scratch.weights.data() + (at + r) * KEYS;
         float* sums = scratch.total.data() + (first + r) * W;
         Floats total = load<Floats>(sums) * keep[r];
+        const auto weigh = [&](int p) {
+            return exp2_of_negative<T::COARSE>(load<Floats>(row + p * W) * scale - peak[r]);
+        };
         int p = 0;
+        for (; p + 2 <= whole; p += 2) {
+            const Floats w = weigh(p), next = weigh(p + 1);
+            total += w + next;
+            Product<T>::put(weights + p * W, w, next);
+        }
         for (; p < whole; p++) {
-            const Floats w =
-                exp2_of_negative<T::COARSE>(load<Floats>(row + p * W) * scale - peak[r]);
+            const Floats w = weigh(p);
             total += w;
             Product<T>::put(weights + p * W, w);
         }
         if (p * W < seen[r]) {
-            const Floats w =
-                lane + p * W < seen[r]
-                    ? exp2_of_negative<T::COARSE>(load<Floats>(row + p * W) * scale - peak[r])
-                    : Floats{};
+            const Floats w = lane + p * W < seen[r] ? weigh(p) : Floats{};
             total += w;
             Product<T>::put(weights + p++ * W, w);
         }

@@ -39,6 +39,7 @@ struct Float32Product {
     static constexpr bool SCALED = false;
 
     static INLINE void put(Value* to, Floats v) { store(to, v); }
+    static INLINE void put(Value* to, Floats v, Floats next) { put(to, v), put(to + W, next); }
     static INLINE Floats floats(Sums sums) { return sums; }
     static INLINE Floats part(Words column, int) { return (Floats)column; }
     static INLINE Sums add_product(Sums sum, Floats part, const Value* row) {
@@ -54,6 +55,7 @@ struct Bfloat16Product {
     static constexpr bool SCALED = false;
 
     static INLINE void put(Value* to, Floats v) { Bfloat16::narrow(to, v); }
+    static INLINE void put(Value* to, Floats v, Floats next) { Bfloat16::narrow(to, v, next); }
     static INLINE Floats floats(Sums sums) { return sums; }
     static INLINE Words part(Words column, int) { return column; }
     static INLINE Sums add_product(Sums sum, Words part, const Value* row) {
