@@ -28,7 +28,10 @@ class Checkpoint(Protocol):
     config: ModelConfig
 
     def tokenizer(self) -> Tokenizer:
-        """Build the model's tokenizer (a few hundred milliseconds for a large vocabulary)."""
+        """The model's tokenizer, built when it is first asked for.
+
+        That takes a few hundred milliseconds for a large vocabulary, and all share it.
+        """
 
     def weights(
         self, dtype: "torch.dtype | None" = None, cut: Cut = whole

@@ -62,6 +62,7 @@ class GGUFCheckpoint:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._tokenizer: Tokenizer | None = None
         self._file = GGUFFile(path)
         try:
             self.config = read_gguf_config(self._file)
@@ -82,9 +83,10 @@ class GGUFCheckpoint:
 
     def tokenizer(self) -> Tokenizer:
         try:
-            return tokenizer_from_gguf(self._file.metadata)
+            self._tokenizer = self._tokenizer or tokenizer_from_gguf(self._file.metadata)
         except ModelError as error:
             raise ModelError(f"{self.path}: {error}") from None
+        return self._tokenizer
 
     def weights(
         self, dtype: "torch.dtype | None" = None, cut: Cut = whole

@@ -50,6 +50,7 @@ class SafetensorsCheckpoint:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._tokenizer: Tokenizer | None = None
         values = read_json(path / "config.json")
         try:
             # The config alone first: an unsupported family is the better reason to give.
@@ -77,7 +78,10 @@ class SafetensorsCheckpoint:
         check_tensors(self.config, {n: t.shape for n, t in self._tensors.items()}, path)
 
     def tokenizer(self) -> Tokenizer:
-        return Tokenizer.from_directory(self.path, eos_token_ids=self.config.eos_token_ids)
+        self._tokenizer = self._tokenizer or Tokenizer.from_directory(
+            self.path, eos_token_ids=self.config.eos_token_ids
+        )
+        return self._tokenizer
 
     def weights(
         self, dtype: "torch.dtype | None" = None, cut: Cut = whole
