@@ -189,8 +189,9 @@ class NativePlan:
             for i, layer_qkv in enumerate(qkv)
         ]
         array = (_Layer * len(layers))(*layers)
+        step, memory = self._step, (self, array, qkv, out)
         return AttentionCalls(
-            ctypes.addressof(self._step), ctypes.addressof(array), (self, array, qkv, out)
+            self._kernels, ctypes.addressof(step), ctypes.addressof(array), memory
         )
 
     def _prepare(self, qkv: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

@@ -136,7 +136,8 @@ class LlamaModel:
 
         Args:
             token_ids: int [num_tokens].
-            attend: writes keys and values to the cache and attends; called once a layer.
+            attend: writes keys and values to the cache and attends; called once a layer, where
+                kernels cannot do so themselves (`CompiledAttend`).
             sample_rows: int64 [num_samples]. What the last layer computes after its attention
                 concerns nobody else, so it is computed for these alone.
         """

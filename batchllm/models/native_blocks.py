@@ -106,7 +106,7 @@ class NativePass:
         if count == 0:
             return qkv.flatten(1)
         calls = attend.calls([qkv, *[self._qkv.view(qkv.shape)] * (count - 1)])
-        if calls is None:
+        if calls is None or calls.kernels is not self._kernels:
             return None
         self._kernels.layers(
             calls.step, calls.layers, self._blocks, ctypes.byref(self._memory), count

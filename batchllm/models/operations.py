@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from batchllm.models.float8_linear import pack_float8
 from batchllm.models.linear import Product, pack_torch, pack_torch_int8
+from batchllm.native.kernels import NativeKernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +35,11 @@ class LayerParts:
 class AttentionCalls:
     """A step's attention as kernels call it: addresses of `Step` and of `Layer`s, one a layer.
 
-    See native/src/attention.h. `memory` is what lies there, and what that points to.
+    See native/src/attention.h. `memory` is what lies there, and what that points to. The cache is
+    laid out for `kernels`, which alone may be called with it.
     """
 
+    kernels: NativeKernels
     step: int
     layers: int
     memory: object

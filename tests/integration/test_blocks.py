@@ -12,6 +12,7 @@ from batchllm.attention.cascade import TorchBackend
 from batchllm.attention.native import NativeBackend
 from batchllm.models.config import ModelConfig
 from batchllm.models.native_operations import NativeOperations
+from batchllm.models.operations import AttentionCalls
 from batchllm.models.registry import make_model
 from batchllm.native.kernels import load_kernels, usable_targets
 from batchllm.runner.forward import PlannedAttention
@@ -150,6 +151,24 @@ def test_all_layers_in_one_call_equal_one_by_one(target, dtype, quantization, nu
     assert calls == ([] if of_torch or num_layers == 1 else [num_layers - 1])
     assert together[0].isfinite().all() and together[0].std() > 0.01
     assert all(map(torch.equal, together, apart))
+
+
+@pytest.mark.skipif(len(TARGETS) < 2, reason="one kind of kernels at most was compiled")
+def test_other_kernels_attention_is_not_called():
+    class Others:
+        def calls(self, qkv):
+            return AttentionCalls(load_kernels(TARGETS[1]), 0, 0, None)
+
+    made = []
+
+    class Watched(NativeOperations):
+        def pack_blocks(self, layers, eps):
+            made.append(super().pack_blocks(layers, eps))
+            return made[0]
+
+    with torch.inference_mode():
+        make(Watched, PLAIN, TARGETS[0], torch.float32, None)
+        assert made[0].start(torch.zeros(3, 64)).run_all(torch.zeros(3, 8, 16), Others()) is None
 
 
 def test_another_backends_attention_is_called_layer_by_layer():
