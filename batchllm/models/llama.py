@@ -162,30 +162,33 @@ class LlamaModel:
         With `attend` kernels may do all layers but the last before it stops.
         """
         operations, shard, eps = self._operations, self._shard, self.config.rms_norm_eps
+
+        def next_qkv(index: int, delta: torch.Tensor | None) -> torch.Tensor:
+            layer = self._layers[index]
+            return layer.qkv(operations.add_rms_norm(hidden, delta, layer.input_norm, eps))
+
         hidden = F.embedding(token_ids, self._embedding)
         blocks = None if self._blocks is None else self._blocks.start(hidden)
-        qkv: torch.Tensor | None = None
-        delta: torch.Tensor | None = None
-        begin, shape = 0, (hidden.shape[0], -1, self.config.head_dim)
+        shape, begin, last = (hidden.shape[0], -1, self.config.head_dim), 0, len(self._layers) - 1
+        qkv = next_qkv(0, None)
         if blocks is not None and attend is not None:
-            layer = self._layers[0]
-            first = layer.qkv(operations.add_rms_norm(hidden, None, layer.input_norm, eps))
-            qkv = blocks.run_all(first.view(shape), attend)
-            begin, qkv = (0, first) if qkv is None else (len(self._layers) - 1, qkv)
-        for index, layer in enumerate(self._layers[begin:], begin):
-            if qkv is None:
-                qkv = layer.qkv(operations.add_rms_norm(hidden, delta, layer.input_norm, eps))
+            result = blocks.run_all(qkv.view(shape), attend)
+            if result is not None:
+                begin, qkv = last, result
+        for index in range(begin, last + 1):
             attended = yield index, qkv.view(shape)
-            if blocks is not None and index < len(self._layers) - 1:
+            if blocks is not None and index < last:
                 qkv = blocks.run(index, attended)
                 continue
-            qkv = None
-            if index == len(self._layers) - 1:
+            if index == last:
                 hidden, attended = hidden[sample_rows], attended[sample_rows]
+            layer = self._layers[index]
             delta = shard.sum(layer.output(attended))
             normed = operations.add_rms_norm(hidden, delta, layer.post_norm, eps)
             delta = shard.sum(layer.down(layer.gate_up(normed)))
-        return hidden if delta is None else hidden.add_(delta)
+            if index < last:
+                qkv = next_qkv(index + 1, delta)
+        return hidden.add_(delta)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Next-token logits of hidden states [n, hidden_size]: [n, vocab_size], in the dtype."""

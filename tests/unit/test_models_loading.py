@@ -386,14 +386,6 @@ def test_identity_tells_models_apart_wherever_they_lie(tmp_path):
     assert all(isinstance(v, str) for identity in first for v in identity.values())
 
 
-def test_a_tokenizer_is_built_once(tmp_path):
-    directory, path = tmp_path / "model", tmp_path / "model.gguf"
-    write_safetensors_model(directory)
-    write_gguf_model(path)
-    for checkpoint in map(open_checkpoint, (directory, path)):
-        assert checkpoint.tokenizer() is checkpoint.tokenizer()
-
-
 def test_opening_a_model_imports_no_torch(tmp_path):
     paths = [write_gguf_model(tmp_path / "m.gguf"), write_safetensors_model(tmp_path / "m")]
     code = (

@@ -4,9 +4,18 @@ import json
 
 import numpy as np
 import pytest
-from builders import CHATML, tiny_backend, tiny_tokenizer, write_json, write_tokenizer
+from builders import (
+    CHATML,
+    tiny_backend,
+    tiny_tokenizer,
+    write_gguf_model,
+    write_json,
+    write_safetensors_model,
+    write_tokenizer,
+)
 
 from batchllm.errors import ModelError
+from batchllm.models.checkpoint import open_checkpoint
 from batchllm.text import tokenizer as module
 from batchllm.text.tokenizer import Tokenizer
 
@@ -138,3 +147,9 @@ def test_damaged_directories(tmp_path, file, content, says):
     with pytest.raises(ModelError, match=says) as caught:
         Tokenizer.from_directory(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("write", [write_safetensors_model, write_gguf_model])
+def test_a_checkpoint_builds_its_tokenizer_once(tmp_path, write):
+    checkpoint = open_checkpoint(write(tmp_path / "m.gguf"))
+    assert checkpoint.tokenizer() is checkpoint.tokenizer()
