@@ -50,7 +50,7 @@ class AttentionCheck:
         cache = plain.to(device, copy=True)
         if kv_dtype is not None:
             reference, plain = RoundedBackend(reference, kv_dtype), plain.float()
-            cache = torch.full((*shape, kv_row_values(head_dim, kv_dtype)), 127, dtype=torch.int8)
+            cache = torch.full((*shape, kv_row_values(head_dim, kv_dtype)), -1, dtype=torch.int8)
             cache = cache.to(device).view(kv_dtype)  # NaN
         self.backends, self.caches = [reference, backend], [plain, cache]
         self.noise = torch.Generator().manual_seed(0)

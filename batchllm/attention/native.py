@@ -13,6 +13,7 @@ from batchllm.errors import UsageError
 from batchllm.models.operations import AttentionCalls
 from batchllm.models.rope import Rotation
 from batchllm.native.kernels import NativeKernels, load_kernels
+from batchllm.runner.kv_cache import kv_row_values
 from batchllm.runner.model_input import AttentionItems, ModelInput
 from batchllm.runner.staging import Put
 
@@ -32,7 +33,7 @@ class _Step(ctypes.Structure):
         *[(name, c_int64) for name in ("num_tokens", "num_tiles", "num_blocks")],
         *[(name, c_int32) for name in ("num_heads", "num_kv_heads", "head_dim")],
         *[(name, c_int32) for name in ("block_size", "tile_size", "is_bfloat16")],
-        ("pass_keys", c_int32),
+        *[(name, c_int32) for name in ("pass_keys", "kv_is_int8")],
         *[(name, c_void_p) for name in ("slots", "cos", "sin")],
         *[(name, c_void_p) for name in ("query_begin", "query_end", "kv_len", "own")],
         *[(name, c_void_p) for name in ("block_offsets", "block_ids")],
@@ -102,6 +103,8 @@ class NativeBackend:
     """Attention over the prefix tree in one parallel call a layer (native/src/attention.cpp).
 
     Keys and values lie in their block as the kernel's products want them, not token after token.
+    The cache is of the model's dtype or, with half or a quarter of the bytes, of int8, whose rows
+    have scales (`kv_row_values`).
     `deterministic` takes so few keys at a time that segments can begin at multiples of them; then
     a query's result does not depend on how its context is cut into segments.
 
@@ -197,15 +200,19 @@ class NativePlan:
     def _prepare(self, qkv: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Cut the tiles if they are not; returns memory for what a layer's attention puts out."""
         assert qkv.is_contiguous() and keys.is_contiguous() and values.is_contiguous()
+        assert keys.dtype == values.dtype and keys.dtype in (qkv.dtype, torch.int8), keys.dtype
         num_tokens, width, head_dim = qkv.shape
+        assert keys.shape[3] == kv_row_values(head_dim, keys.dtype), keys.shape
         num_heads = width - 2 * keys.shape[2]
         if self._tiles is None:
-            self._tiles = self._cut(num_heads, keys.shape, qkv.dtype)
+            self._tiles = self._cut(num_heads, head_dim, keys, qkv.dtype)
         return qkv.new_empty(num_tokens, num_heads * head_dim)
 
-    def _cut(self, num_heads: int, cache: torch.Size, dtype: torch.dtype) -> Tiles:
+    def _cut(
+        self, num_heads: int, head_dim: int, keys: torch.Tensor, dtype: torch.dtype
+    ) -> Tiles:
         items, num_tokens = self._input.items, len(self._input.token_ids)
-        num_blocks, _, num_kv_heads, head_dim = cache
+        num_blocks, _, num_kv_heads, _ = keys.shape
         even = num_tokens * num_kv_heads // (_UNITS_A_THREAD * torch.get_num_threads())
         tiles = Tiles.of(
             items, num_tokens, max(1, min(even, _TILE_ROWS * num_kv_heads // num_heads))
@@ -216,7 +223,7 @@ class NativePlan:
         step.tile_size = int(np.diff(tiles.begin).max())
         step.num_heads, step.num_kv_heads, step.head_dim = num_heads, num_kv_heads, head_dim
         step.block_size, step.is_bfloat16 = self._block_size, dtype == torch.bfloat16
-        step.pass_keys = self._pass_keys
+        step.pass_keys, step.kv_is_int8 = self._pass_keys, keys.dtype == torch.int8
         step.cos, step.sin = self._rotation.cos.data_ptr(), self._rotation.sin.data_ptr()
         arrays = {name: getattr(items, name) for name in ("query_begin", "query_end", "kv_len")}
         arrays |= {name: getattr(items, name) for name in ("own", "block_offsets", "block_ids")}

@@ -34,7 +34,7 @@ class RoundedBackend:
     """Rotates, rounds keys and values, and leaves the rest to `backend`, in its cache's dtype."""
 
     def __init__(self, backend: AttentionBackend, kv_dtype: torch.dtype) -> None:
-        self.name = f"{backend.name}, KV as {kv_dtype}".replace("torch.", "")
+        self.name = f"{backend.name}, KV rounded to {kv_dtype}".replace("torch.", "")
         self.granularity = backend.granularity
         self._backend = backend
         self._kv_dtype = kv_dtype

@@ -44,15 +44,19 @@ def load_on_cpu(
     slower = None
     if config.attention_backend == "auto":
         slower = why_not_native(config.block_size, shape.head_dim)
+    kept, asked = dtype, cache_dtype(config.kv_cache_dtype)
     if isinstance(backend, NativeBackend):
         operations = NativeOperations(backend.kernels, deterministic=config.deterministic)
+        kept = asked if asked == torch.int8 else dtype
     if clock is not None:
         backend, operations = TimedBackend(backend, clock), TimedOperations(operations, clock)
-    if (kv_dtype := cache_dtype(config.kv_cache_dtype)) is not None:
-        backend = RoundedBackend(backend, kv_dtype)  # in no less memory: its effect is to be seen
-    model = load_model(checkpoint, config, max_model_len, backend, operations, dtype, _CPU, shard)
+    if asked not in (None, kept):
+        backend = RoundedBackend(backend, asked)  # in no less memory: its effect is to be seen
+    model = load_model(
+        checkpoint, config, max_model_len, backend, operations, dtype, _CPU, kept, shard
+    )
     shard.least(0)  # the others may not have taken the memory of their weights yet
-    kv_bytes = kv_bytes_per_token(shape.num_layers, shape.num_kv_heads, shape.head_dim, dtype)
+    kv_bytes = kv_bytes_per_token(shape.num_layers, shape.num_kv_heads, shape.head_dim, kept)
     num_blocks = shard.least(affordable_blocks(config, kv_bytes, max_model_len))
     cache = KVCache(
         num_layers=shape.num_layers,
@@ -60,7 +64,7 @@ def load_on_cpu(
         block_size=config.block_size,
         num_kv_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,
-        dtype=dtype,
+        dtype=kept,
     )
     runner = TorchRunner(model, cache, backend, operations, config.block_size)
     return LoadedRunner(
@@ -69,7 +73,8 @@ def load_on_cpu(
         num_blocks,
         name,
         threads,
-        backend.name,
+        backend.name if kept == dtype else f"{backend.name}, KV in int8",
         slower,
         backend.granularity,
+        kv_bytes_per_token=kv_bytes,
     )

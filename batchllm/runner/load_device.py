@@ -99,7 +99,9 @@ def load_on_device(
     if clock is not None:
         clock.settle = device.synchronize
         backend, operations = TimedBackend(backend, clock), TimedOperations(operations, clock)
-    model = load_model(checkpoint, config, max_model_len, backend, operations, dtype, home, shard)
+    model = load_model(
+        checkpoint, config, max_model_len, backend, operations, dtype, home, kv_dtype, shard
+    )
     kv_bytes = kv_bytes_per_token(shape.num_layers, shape.num_kv_heads, shape.head_dim, kv_dtype)
     overlap = None
     if config.overlap and clock is None and shard is WHOLE:

@@ -10,7 +10,6 @@ from batchllm.models.operations import Operations
 from batchllm.models.parallel import WHOLE, Shard
 from batchllm.models.registry import Model, make_model
 from batchllm.request import TokenIds
-from batchllm.runner.kv_cache import cache_dtype
 from batchllm.runner.smooth import smooth, smoothing_text
 
 _RANDOM_SMOOTHING_TOKENS = 512
@@ -24,16 +23,19 @@ def load_model(
     operations: Operations,
     dtype: torch.dtype,
     device: torch.device,
+    kv_dtype: torch.dtype,
     shard: Shard = WHOLE,
 ) -> Model:
-    """Load the weights, one tensor at a time; round them if the config says so, and pack them."""
+    """Load the weights, one tensor at a time; round them if the config says so, and pack them.
+
+    `kv_dtype` is what the backend keeps keys and values in.
+    """
     with device:  # where new tensors go
         model = make_model(checkpoint.config, dtype, operations, shard)
         model.load(checkpoint.weights(dtype, shard.part))
         if config.quantization == "int8":
             tokens = _smoothing_tokens(checkpoint)[:max_model_len]
-            kv_dtype = None if device.type == "cpu" else cache_dtype(config.kv_cache_dtype)
-            smooth(model, backend, tokens, config.block_size, device, kv_dtype)
+            smooth(model, backend, tokens, config.block_size, kv_dtype, device)
         model.pack(config.quantization)
     return model
 

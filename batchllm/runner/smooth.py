@@ -30,13 +30,13 @@ def smooth(
     backend: AttentionBackend,
     tokens: TokenIds,
     block_size: int,
+    kv_dtype: torch.dtype,
     device: torch.device = _CPU,
-    kv_dtype: torch.dtype | None = None,
 ) -> None:
     """Run a prompt, int32 [num_tokens], through the model, and smooth by what that shows.
 
     The device is the model's, and torch's default where it is not the CPU; `kv_dtype` is what the
-    backend keeps KV in, if not in the model's.
+    backend keeps keys and values in.
     """
     num_blocks = -(-len(tokens) // block_size)
     shape = model.config
@@ -46,7 +46,7 @@ def smooth(
         block_size=block_size,
         num_kv_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,
-        dtype=kv_dtype or model.dtype,
+        dtype=kv_dtype,
         allocate=memory_of(device),
     )
     step, put = _one_prompt(tokens, num_blocks), put_now(device)

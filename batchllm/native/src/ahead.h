@@ -10,11 +10,9 @@
 // What a tile will read and the thread's next one, fetched while it multiplies: private segments,
 // which many a decoding query has, are read once each, so they cost the way from memory and little
 // else. A part is the keys and the values of W tokens.
-template <typename T>
 class Ahead {
-    typedef typename T::Value Value;
     struct Part {
-        const Value *keys, *values;
+        const char *keys, *values;
     };
     std::vector<Part> parts;
     size_t next = 0, used = 0;
@@ -24,14 +22,16 @@ class Ahead {
     static constexpr size_t MOST = 96;  // of them: they must stay in the second-level cache
 
   public:
-    explicit Ahead(int head_dim) : half(head_dim * W * int(sizeof(Value)) / LINE_BYTES) {}
+    explicit Ahead(int part_bytes) : half((part_bytes + LINE_BYTES - 1) / LINE_BYTES) {}
     // Parts that were used are forgotten; more may be added.
     void forget() {
         parts.erase(parts.begin(), parts.begin() + used);
         next -= used;
         used = 0;
     }
-    void add(const Value* keys, const Value* values) { parts.push_back({keys, values}); }
+    void add(const void* keys, const void* values) {
+        parts.push_back({static_cast<const char*>(keys), static_cast<const char*>(values)});
+    }
     // That many more parts are read from now on, and need not be fetched.
     void use(size_t count) {
         used += count;
@@ -40,17 +40,17 @@ class Ahead {
     // Fetches the next `count` lines into the second-level cache. Many at once wait for each other,
     // and what is multiplied waits behind them: a few are to be fetched beside everything else.
     void fetch(int count) {
-        constexpr int VALUES = LINE_BYTES / sizeof(Value);
         for (; count > 0 && next < std::min(parts.size(), used + MOST); count--) {
             const Part& part = parts[next];
-            const Value* from = line < half ? part.keys + line * VALUES
-                                            : part.values + (line - half) * VALUES;
+            const char* from = line < half ? part.keys + line * LINE_BYTES
+                                           : part.values + (line - half) * LINE_BYTES;
             __builtin_prefetch(from, 0, 2);
             if (++line == 2 * half) next++, line = 0;
         }
     }
     // What to fetch next; `idle` if there is nothing.
-    Part take(const Value* idle) {
-        return next < std::min(parts.size(), used + MOST) ? parts[next++] : Part{idle, idle};
+    Part take(const void* idle) {
+        const char* nothing = static_cast<const char*>(idle);
+        return next < std::min(parts.size(), used + MOST) ? parts[next++] : Part{nothing, nothing};
     }
 };

@@ -7,10 +7,6 @@
 // nothing to merge: the running maximum and sum are the log-sum-exp that cascades merge by. The
 // price is that one query's context is never split over threads; tables have many queries.
 //
-// KV lies in the cache as the products want it, so nothing is gathered or packed in a step:
-//   keys   [kv_head][block][block_size / W][head_dim / GROUP][W tokens][GROUP]
-//   values [kv_head][block][block_size / GROUP][head_dim][GROUP tokens]
-// A unit reads one head's, so what it reads of neighbouring blocks lies in order.
 // A query's segments are read in the order of their positions, `pass_keys` at a time from the first
 // of each. So where segments begin at multiples of that, a query's result is the same to the last
 // bit however its context is cut into segments and with whom it shares them.
@@ -25,96 +21,6 @@
 
 namespace {
 
-template <typename T>
-struct Layout {
-    typedef typename T::Value Value;
-    int head_dim, block_size;
-    int64_t head_values, block_values;
-
-    explicit Layout(const Step& s)
-        : head_dim(s.head_dim),
-          block_size(s.block_size),
-          head_values(s.num_blocks * s.block_size * s.head_dim),
-          block_values(int64_t(s.block_size) * s.head_dim) {}
-
-    int64_t key_place(int offset, int d) const {
-        return int64_t(offset / W) * W * head_dim + (d / T::GROUP) * W * T::GROUP +
-               (offset % W) * T::GROUP + d % T::GROUP;
-    }
-    int64_t value_place(int offset, int d) const {
-        return (int64_t(offset / T::GROUP) * head_dim + d) * T::GROUP + offset % T::GROUP;
-    }
-};
-
-// Fetches where a token's keys and values will be written: a key is a word in each of many lines,
-// which its neighbours in the block share.
-template <typename T>
-INLINE void fetch_slot(const Step& s, const Layer& layer, int64_t token) {
-    typedef typename T::Value Value;
-    const Layout<T> layout(s);
-    const int offset = int(s.slots[token] % s.block_size);
-    if (token > 0 && s.slots[token] == s.slots[token - 1] + 1 && offset % W != 0) return;
-    for (int h = 0; h < s.num_kv_heads; h++) {
-        const int64_t place =
-            s.slots[token] / s.block_size * layout.block_values + h * layout.head_values;
-        const Value* key = static_cast<Value*>(layer.keys) + place + layout.key_place(offset, 0);
-        const Value* value =
-            static_cast<Value*>(layer.values) + place + layout.value_place(offset, 0);
-        for (int d = 0; d < s.head_dim; d += T::GROUP) __builtin_prefetch(key + d * W, 1);
-        for (int d = 0; d < s.head_dim; d += W) __builtin_prefetch(value + d * T::GROUP, 1);
-    }
-}
-
-// Rotates the queries in place; rotates the keys and writes them and the values to their slot.
-template <typename T>
-void rotate_and_write(const Step& s, const Layer& layer, int64_t token) {
-    typedef typename T::Value Value;
-    const Layout<T> layout(s);
-    const int half = s.head_dim / 2, heads = s.num_heads + s.num_kv_heads;
-    const float* cos = s.cos + token * half;
-    const float* sin = s.sin + token * half;
-    Value* row = static_cast<Value*>(layer.qkv) + token * (heads + s.num_kv_heads) * s.head_dim;
-    for (int h = 0; h < heads; h++) {
-        Value* left = row + h * s.head_dim;
-        Value* right = left + half;
-        int d = 0;
-        for (; d + W <= half; d += W) {
-            const Floats a = T::widen(left + d), b = T::widen(right + d);
-            const Floats c = load<Floats>(cos + d), i = load<Floats>(sin + d);
-            T::narrow(left + d, a * c - b * i);
-            T::narrow(right + d, b * c + a * i);
-        }
-        for (; d < half; d++) {
-            const float a = T::get(left[d]), b = T::get(right[d]);
-            left[d] = T::put(a * cos[d] - b * sin[d]);
-            right[d] = T::put(b * cos[d] + a * sin[d]);
-        }
-    }
-    const int64_t block = s.slots[token] / s.block_size;
-    const int offset = int(s.slots[token] % s.block_size);
-    Value* keys = static_cast<Value*>(layer.keys) + block * layout.block_values;
-    Value* values = static_cast<Value*>(layer.values) + block * layout.block_values;
-    for (int h = 0; h < s.num_kv_heads; h++) {
-        const Value* key = row + (s.num_heads + h) * s.head_dim;
-        const Value* value = key + int64_t(s.num_kv_heads) * s.head_dim;
-        Value* to = keys + h * layout.head_values + layout.key_place(offset, 0);
-        for (int d = 0; d < s.head_dim; d += T::GROUP, to += W * T::GROUP)
-            std::memcpy(to, key + d, sizeof(Value) * T::GROUP);
-        to = values + h * layout.head_values + layout.value_place(offset, 0);
-        int d = 0;
-#if defined(__AVX512BW__)
-        if constexpr (T::GROUP == 2)  // to one half of each word
-            for (; d + W <= s.head_dim; d += W)
-                _mm512_mask_storeu_epi16(
-                    to + d * 2 - offset % 2, offset % 2 ? 0xaaaaaaaa : 0x55555555,
-                    _mm512_slli_epi32(
-                        _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(value + d))),
-                        offset % 2 * 16));
-#endif
-        for (; d < s.head_dim; d++) to[d * T::GROUP] = value[d];
-    }
-}
-
 // How many tokens of an item's segment a query sees: all, or up to its own.
 INLINE int64_t seen_of(const Step& s, int64_t item, int64_t query) {
     return s.kv_len[item] - (s.own[item] ? s.query_end[item] - 1 - query : 0);
@@ -123,7 +29,7 @@ INLINE int64_t seen_of(const Step& s, int64_t item, int64_t query) {
 // Lists what a unit reads, a tile of one KV head, in the order of reading.
 template <typename T>
 void look_ahead(const Step& s, const Layer& layer, Scratch<T>& scratch, int64_t unit) {
-    typedef typename T::Value Value;
+    typedef typename T::Kept Kept;
     const Layout<T> layout(s);
     const int64_t tile = s.tile_order[unit / s.num_kv_heads], kv_head = unit % s.num_kv_heads;
     scratch.ahead.forget();
@@ -134,37 +40,45 @@ void look_ahead(const Step& s, const Layer& layer, Scratch<T>& scratch, int64_t 
         for (int64_t token = 0; token < seen_of(s, item, end - 1); token += W) {
             const int64_t place = ids[token / s.block_size] * layout.block_values +
                                   kv_head * layout.head_values +
-                                  token % s.block_size * s.head_dim;
+                                  layout.part_place(token % s.block_size);
             scratch.ahead.add(
-                static_cast<const Value*>(layer.keys) + place,
-                static_cast<const Value*>(layer.values) + place);
+                static_cast<const Kept*>(layer.keys) + place,
+                static_cast<const Kept*>(layer.values) + place);
         }
     }
 }
 
-// The pass of an item that begins at its token `start`, up to token `end`.
+// The pass of an item that begins at its token `start`, up to token `end`. Of a cache in int8 it is
+// what will be in `scratch` when the parts have been widened.
 template <typename T>
 void set_pass(
-    const Step& s, const Layer& layer, int64_t item, int kv_head, int64_t start, int64_t end,
-    Pass<T>& pass) {
-    typedef typename T::Value Value;
+    const Step& s, const Layer& layer, Scratch<T>& scratch, int64_t item, int kv_head,
+    int64_t start, int64_t end, Pass<T>& pass) {
+    typedef typename T::Kept Kept;
     const Layout<T> layout(s);
     const int64_t* ids = s.block_ids + s.block_offsets[item];
-    const Value* keys = static_cast<const Value*>(layer.keys) + kv_head * layout.head_values;
-    const Value* values = static_cast<const Value*>(layer.values) + kv_head * layout.head_values;
+    const Kept* keys = static_cast<const Kept*>(layer.keys) + kv_head * layout.head_values;
+    const Kept* values = static_cast<const Kept*>(layer.values) + kv_head * layout.head_values;
+    const auto place = [&](int64_t token) {
+        return ids[token / s.block_size] * layout.block_values +
+               layout.part_place(token % s.block_size);
+    };
     pass.head_dim = s.head_dim;
     pass.scale = float(M_LOG2E / std::sqrt(double(s.head_dim)));
     pass.count = int(std::min<int64_t>(s.pass_keys, end - start));
-    for (int p = 0; p * W < pass.count; p++) {
-        const int64_t token = start + p * W;
-        pass.panels[p] = keys + ids[token / s.block_size] * layout.block_values +
-                         layout.key_place(int(token % s.block_size), 0);
-    }
-    pass.step = std::min(s.block_size, s.pass_keys);  // of longer blocks a part
-    for (int b = 0; b * pass.step < pass.count; b++) {
-        const int64_t token = start + int64_t(b) * pass.step;
-        pass.values[b] = values + ids[token / s.block_size] * layout.block_values +
-                         layout.value_place(int(token % s.block_size), 0);
+    if constexpr (T::ROUNDED) {
+        for (int p = 0; p * W < pass.count; p++) {
+            pass.kept_keys[p] = keys + place(start + p * W);
+            pass.kept_values[p] = values + place(start + p * W);
+            pass.panels[p] = scratch.keys.data() + p * W * s.head_dim;
+        }
+        pass.step = KEYS;
+        pass.values[0] = scratch.values.data();
+    } else {
+        for (int p = 0; p * W < pass.count; p++) pass.panels[p] = keys + place(start + p * W);
+        pass.step = std::min(s.block_size, s.pass_keys);  // of longer blocks a part
+        for (int b = 0; b * pass.step < pass.count; b++)
+            pass.values[b] = values + place(start + int64_t(b) * pass.step);
     }
 }
 
@@ -188,9 +102,10 @@ void attend_item(
     const auto sees = [&](int64_t query) { return seen_of(s, item, query); };
     Pass<T> pass;
     for (int64_t start = 0; start < sees(queries.end - 1); start += s.pass_keys) {
-        set_pass(s, layer, item, kv_head, start, sees(queries.end - 1), pass);
-        scratch.ahead.use((pass.count + W - 1) / W);
-        Way::begin_pass(scratch, pass);
+        set_pass(s, layer, scratch, item, kv_head, start, sees(queries.end - 1), pass);
+        scratch.ahead.use(pass.num_panels());
+        widen_keys(scratch, pass);
+        Way::begin_values(scratch, pass);
         const int last = int(queries.end - tile_begin) * group;
         for (int row = int(queries.begin - tile_begin) * group; row < last; row += Way::MOST) {
             const int rows = std::min(Way::MOST, last - row);
@@ -222,7 +137,7 @@ int64_t attend_several(
         const int64_t here = (queries.end - queries.begin) * group;
         if (here > Way::FEW || all + here > Way::MOST || most > s.pass_keys) break;
         if (count > 0 && queries.begin != next_query) break;
-        set_pass(s, layer, item, kv_head, 0, most, passes[count]);
+        set_pass(s, layer, scratch, item, kv_head, 0, most, passes[count]);
         rows[count++] = int(here);
         next_query = queries.end;
         for (int r = 0; r < here; r++)
@@ -282,17 +197,19 @@ void attend_tile(
     }
 }
 
-template <typename T, typename Way>
+template <typename T, template <typename> typename Ways>
 void run(const Step& s, const Layer& layer) {
     const int64_t units = s.num_tiles * s.num_kv_heads;
+    typedef Ways<T> Way;
     std::atomic<int64_t> taken{0};
 #pragma omp parallel
     {
-        Scratch<T> scratch(s.tile_size * (s.num_heads / s.num_kv_heads), s.head_dim);
+        Scratch<T> scratch(
+            s.tile_size * (s.num_heads / s.num_kv_heads), s.head_dim, Layout<T>(s).part_bytes());
 #pragma omp for schedule(static)
         for (int64_t token = 0; token < s.num_tokens; token++) {
             if (token + 1 < s.num_tokens) fetch_slot<T>(s, layer, token + 1);
-            rotate_and_write<T>(s, layer, token);
+            rotate_and_write<T>(s, layer, token, scratch.wide.data());
         }
         // The barrier after the loop: queries read keys that other threads write.
         Way::begin_thread();
@@ -311,12 +228,18 @@ void run(const Step& s, const Layer& layer) {
     }
 }
 
+template <typename T, template <typename> typename Ways>
+void run_on_cache(const Step& s, const Layer& layer) {
+    (s.kv_is_int8 ? run<Rounded<T>, Ways> : run<T, Ways>)(s, layer);
+}
+
 }  // namespace
 
 extern "C" void batchllm_attention(const Step* step, const Layer* layer) {
-    if (!step->is_bfloat16) return run<Float32, InVectors<Float32>>(*step, *layer);
+    if (!step->is_bfloat16) return run_on_cache<Float32, InVectors>(*step, *layer);
 #if defined(BATCHLLM_TILES)
-    if (InTiles::fit(step->head_dim)) return run<Bfloat16, InTiles>(*step, *layer);
+    if (InTiles<Bfloat16>::fit(step->head_dim))
+        return run_on_cache<Bfloat16, InTiles>(*step, *layer);
 #endif
-    run<Bfloat16, InVectors<Bfloat16>>(*step, *layer);
+    run_on_cache<Bfloat16, InVectors>(*step, *layer);
 }

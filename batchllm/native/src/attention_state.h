@@ -7,12 +7,13 @@
 #include <vector>
 
 #include "ahead.h"
+#include "attention_cache.h"
 #include "products.h"
 #include "tiles.h"
 
 // What values stored as T are multiplied by.
 template <typename T>
-using Product = std::conditional_t<std::is_same_v<T, Bfloat16>, Bfloat16Product, Float32Product>;
+using Product = std::conditional_t<T::GROUP == 2, Bfloat16Product, Float32Product>;
 template <typename T>
 using Row = typename Product<T>::Value;
 
@@ -34,7 +35,12 @@ struct Pass {
     const Value* panels[KEYS / W];  // the keys, W tokens each
     int step;                       // the values, so many tokens each
     const Value* values[KEYS / W];
+    const typename T::Kept *kept_keys[KEYS / W], *kept_values[KEYS / W];  // in int8: what they were
 
+    int num_panels() const { return (count + W - 1) / W; }
+    // In int8 the scales of the tokens of a panel.
+    Floats key_scales(int p) const { return load<Floats>(kept_keys[p] + W * head_dim); }
+    Floats value_scales(int p) const { return load<Floats>(kept_values[p] + W * head_dim); }
     // The values of a token, and of its group's others.
     const Value* values_of(int token) const {
         return values[token / step] + token % step / T::GROUP * head_dim * T::GROUP;
@@ -44,77 +50,113 @@ struct Pass {
 // One thread's memory: the state of a tile, and a few rows' scores against one pass of keys.
 template <typename T>
 struct Scratch {
-    Ahead<T> ahead;
+    Ahead ahead;
     Lines<float> out, peak, total, scores;
     Lines<Row<T>> weights, copied;
+    Lines<float> wide;                      // a key and a value, to be rounded
+    Lines<typename T::Value> keys, values;  // of one pass, widened or (in tiles) copied
 #if defined(BATCHLLM_TILES)
     Lines<float> sums;                               // of one pass
-    Lines<Row<T>> values;                            // copied
-    const typename T::Value* groups[KEYS / W] = {};  // all values, TILE_VALUES tokens each
+    const typename T::Value* groups[KEYS / W] = {};  // its values, TILE_VALUES tokens each
 #endif
     std::vector<const Row<T>*> queries;  // of each row, where they are or copied to
 
-    Scratch(int rows, int head_dim)
-        : ahead(head_dim),
+    Scratch(int rows, int head_dim, int part_bytes)
+        : ahead(part_bytes),
           out(size_t(rows) * head_dim),
           peak(rows),
           total(size_t(rows) * W),
           scores(size_t(ROOM_ROWS) * KEYS),
           weights(size_t(ROOM_ROWS) * KEYS),
           copied(size_t(rows + ROOM_ROWS) * head_dim),  // the last tile of rows may be part-filled
+          wide(size_t(2) * head_dim),
+          keys(T::ROUNDED ? size_t(KEYS) * head_dim : 0),
+          values(T::ROUNDED || MOST_ROWS > W ? size_t(KEYS) * head_dim : 0),
 #if defined(BATCHLLM_TILES)
           sums(size_t(ROOM_ROWS) * head_dim),
-          values(size_t(KEYS) * head_dim),
 #endif
           queries(rows) {}
 };
 
+// Widens the keys or values of a pass, which the cache has in int8, to where they will be read.
+template <typename T>
+INLINE void widen(const Pass<T>& pass, const int8_t* const* kept, Ahead& ahead,
+                  Lines<typename T::Value>& to) {
+    for (int p = 0; p < pass.num_panels(); p++)
+        widen_part<T>(kept[p], pass.head_dim, ahead, to.data() + p * W * pass.head_dim);
+}
+
+template <typename T>
+INLINE void widen_keys(Scratch<T>& scratch, const Pass<T>& pass) {
+    if constexpr (T::ROUNDED) widen(pass, pass.kept_keys, scratch.ahead, scratch.keys);
+}
+
+template <typename T>
+INLINE void widen_values(Scratch<T>& scratch, const Pass<T>& pass) {
+    if constexpr (T::ROUNDED) widen(pass, pass.kept_values, scratch.ahead, scratch.values);
+}
+
 // Scores to weights for `rows` <= W rows from `first` on, row r of which sees `seen[r]` keys; the
 // others, up to `num_panels` panels of W, get none. `at`: where their scores and weights begin.
-// Returns what the rows' sums so far are to be multiplied by.
-template <typename T>
+// Row r's scores are with the pass `pass_of(r)`. Returns what the rows' sums so far are to be
+// multiplied by.
+template <typename T, typename Passes>
 INLINE Floats weigh_rows(
     Scratch<T>& scratch, int first, int at, int rows, const int* seen, int num_panels,
-    float scale) {
+    Passes pass_of) {
+    const float scale = pass_of(0).scale;
+    const auto score = [&](int r, int p) {
+        const Floats product = load<Floats>(scratch.scores.data() + (at + r) * KEYS + p * W);
+        if constexpr (T::ROUNDED)
+            return product * pass_of(r).key_scales(p);
+        else
+            return product;
+    };
     Words lane;
     for (int i = 0; i < W; i++) lane[i] = i;
     Floats old{}, peak{};
     for (int r = 0; r < rows; r++) {
-        const float* row = scratch.scores.data() + (at + r) * KEYS;
         const int whole = seen[r] / W;
         Floats most = broadcast(-INFINITY);
-        for (int p = 0; p < whole; p++) most = largest(most, load<Floats>(row + p * W));
+        for (int p = 0; p < whole; p++) most = largest(most, score(r, p));
         if (whole * W < seen[r])
-            most = lane + whole * W < seen[r] ? largest(most, load<Floats>(row + whole * W)) : most;
+            most = lane + whole * W < seen[r] ? largest(most, score(r, whole)) : most;
         old[r] = scratch.peak[first + r];
         peak[r] = std::max(old[r], largest(most) * scale);
         scratch.peak[first + r] = peak[r];
     }
     const Floats keep = exp2_of_negative(old - peak);
     for (int r = 0; r < rows; r++) {
-        const float* row = scratch.scores.data() + (at + r) * KEYS;
         const int whole = seen[r] / W;
         Row<T>* weights = scratch.weights.data() + (at + r) * KEYS;
         float* sums = scratch.total.data() + (first + r) * W;
         Floats total = load<Floats>(sums) * keep[r];
         const auto weigh = [&](int p) {
-            return exp2_of_negative<T::COARSE>(load<Floats>(row + p * W) * scale - peak[r]);
+            return exp2_of_negative<T::COARSE>(score(r, p) * scale - peak[r]);
+        };
+        const auto valued = [&](int p, Floats w) {  // what the whole numbers of int8 are weighed by
+            if constexpr (T::ROUNDED)
+                return w * pass_of(r).value_scales(p);
+            else
+                return w;
         };
         int p = 0;
         for (; p + 2 <= whole; p += 2) {
             const Floats w = weigh(p), next = weigh(p + 1);
             total += w + next;
-            Product<T>::put(weights + p * W, w, next);
+            Product<T>::put(weights + p * W, valued(p, w), valued(p + 1, next));
         }
         for (; p < whole; p++) {
             const Floats w = weigh(p);
             total += w;
-            Product<T>::put(weights + p * W, w);
+            Product<T>::put(weights + p * W, valued(p, w));
         }
         if (p * W < seen[r]) {
-            const Floats w = lane + p * W < seen[r] ? weigh(p) : Floats{};
+            const Words sees = lane + p * W < seen[r];
+            const Floats w = sees ? weigh(p) : Floats{};
             total += w;
-            Product<T>::put(weights + p++ * W, w);
+            Product<T>::put(weights + p * W, sees ? valued(p, w) : Floats{});
+            p++;
         }
         for (; p < num_panels; p++) Product<T>::put(weights + p * W, Floats{});
         store(sums, total);

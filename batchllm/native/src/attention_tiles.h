@@ -15,9 +15,9 @@ constexpr int FETCHED_LINES = 12;  // beside four products of tiles
 
 // Scores of TILES * 16 rows of queries from `first` on with `num_panels` panels of keys, stored
 // from row `at` on; up to three more panels may be written.
-template <int TILES>
+template <int TILES, typename T>
 INLINE void multiply_keys_tiles(
-    Scratch<Bfloat16>& scratch, const Pass<Bfloat16>& pass, int first, int at, int num_panels) {
+    Scratch<T>& scratch, const Pass<T>& pass, int first, int at, int num_panels) {
     constexpr int AT_ONCE = TILES == 2 ? 2 : 4, ROW = KEYS * sizeof(float);
     const int head_dim = pass.head_dim, row_bytes = head_dim * 2;
     const uint16_t* queries = scratch.copied.data() + int64_t(first) * head_dim;
@@ -53,9 +53,9 @@ INLINE void multiply_keys_tiles(
 }
 
 // sums[row] = weights[row] . values, of TILES * 16 rows from `at` on over `count` keys.
-template <int TILES>
+template <int TILES, typename T>
 INLINE void multiply_values_tiles(
-    Scratch<Bfloat16>& scratch, const Pass<Bfloat16>& pass, int at, int count) {
+    Scratch<T>& scratch, const Pass<T>& pass, int at, int count) {
     constexpr int AT_ONCE = TILES == 2 ? 2 : 4, ROW = KEYS * 2;
     const int head_dim = pass.head_dim, out_bytes = head_dim * sizeof(float);
     const int value_bytes = head_dim * 4;  // a pair of tokens'
@@ -99,15 +99,16 @@ INLINE int whole_tiles(int count) {  // panels of W keys in the tiles that `coun
 
 // Weighs `rows` rows of scores from `first` on and, once `multiply` has put their sums there, adds
 // these to what the rows have.
-template <typename Multiply>
+template <typename T, typename Passes, typename Multiply>
 INLINE void weigh_and_add(
-    Scratch<Bfloat16>& scratch, int rows, int first, int head_dim, const int* seen, int num_panels,
-    float scale, Multiply multiply) {
+    Scratch<T>& scratch, int rows, int first, int head_dim, const int* seen, int num_panels,
+    Passes pass_of, Multiply multiply) {
     Floats keep[MOST_ROWS / TILE_ROWS];
     for (int t = 0; t * TILE_ROWS < rows; t++)
-        keep[t] = weigh_rows<Bfloat16>(
+        keep[t] = weigh_rows<T>(
             scratch, first + t * TILE_ROWS, t * TILE_ROWS,
-            std::min(TILE_ROWS, rows - t * TILE_ROWS), seen + t * TILE_ROWS, num_panels, scale);
+            std::min(TILE_ROWS, rows - t * TILE_ROWS), seen + t * TILE_ROWS, num_panels,
+            [&](int r) -> const Pass<T>& { return pass_of(t * TILE_ROWS + r); });
     multiply();
     float* out = scratch.out.data() + int64_t(first) * head_dim;
     const float* sums = scratch.sums.data();
@@ -118,17 +119,18 @@ INLINE void weigh_and_add(
     }
 }
 
-template <int TILES>
+template <int TILES, typename T>
 void attend_tiles(
-    int rows, Scratch<Bfloat16>& scratch, const Pass<Bfloat16>& pass, int first, int count,
+    int rows, Scratch<T>& scratch, const Pass<T>& pass, int first, int count,
     const int* seen) {
     multiply_keys_tiles<TILES>(scratch, pass, first, 0, (count + W - 1) / W);
     weigh_and_add(
-        scratch, rows, first, pass.head_dim, seen, whole_tiles(count), pass.scale,
-        [&] { multiply_values_tiles<TILES>(scratch, pass, 0, count); });
+        scratch, rows, first, pass.head_dim, seen, whole_tiles(count),
+        [&](int) -> const Pass<T>& { return pass; }, [&] { multiply_values_tiles<TILES>(scratch, pass, 0, count); });
 }
 
 // See InVectors.
+template <typename T>
 struct InTiles {
     static constexpr int MOST = 2 * TILE_ROWS;
     static constexpr bool COPIES = true;
@@ -140,7 +142,21 @@ struct InTiles {
     }
     static void end_thread() { release_tiles(); }
 
-    static void begin_pass(Scratch<Bfloat16>& scratch, const Pass<Bfloat16>& pass) {
+    static void begin_values(Scratch<T>& scratch, const Pass<T>& pass) {
+        if constexpr (T::ROUNDED)
+            widen_values(scratch, pass), fill_last_tile(scratch, pass);
+        else
+            copy_parted(scratch, pass);
+    }
+    static void fill_last_tile(Scratch<T>& scratch, const Pass<T>& pass) {
+        const int panels = pass.num_panels();
+        uint16_t* values = scratch.values.data();
+        for (int p = 0; p < panels; p += TILE_VALUES / W)
+            scratch.groups[p * W / TILE_VALUES] = values + p * W * pass.head_dim;
+        if (panels < whole_tiles(pass.count))
+            std::fill_n(values + panels * W * pass.head_dim, W * pass.head_dim, uint16_t(0));
+    }
+    static void copy_parted(Scratch<T>& scratch, const Pass<T>& pass) {
         const int words = pass.head_dim;  // a pair of tokens'
         for (int key = 0; key < pass.count; key += TILE_VALUES) {
             uint16_t* to = scratch.values.data() + key * pass.head_dim;
@@ -164,29 +180,31 @@ struct InTiles {
     // what waits for one of them is the others' time. A tile of rows has others' behind its own,
     // which the next one stores again.
     static void attend_each(
-        Scratch<Bfloat16>& scratch, const Pass<Bfloat16>* passes, const int* rows, int count,
+        Scratch<T>& scratch, const Pass<T>* passes, const int* rows, int count,
         int first, const int* seen) {
         int all = 0, most = 0;
+        const Pass<T>* pass_of[MOST];
         for (int i = 0; i < count; all += rows[i++]) {
-            scratch.ahead.use((passes[i].count + W - 1) / W);
-            multiply_keys_tiles<1>(
-                scratch, passes[i], first + all, all, (passes[i].count + W - 1) / W);
+            scratch.ahead.use(passes[i].num_panels());
+            widen_keys(scratch, passes[i]);
+            multiply_keys_tiles<1>(scratch, passes[i], first + all, all, passes[i].num_panels());
+            std::fill_n(pass_of + all, rows[i], &passes[i]);
             most = std::max(most, passes[i].count);
         }
         weigh_and_add(
-            scratch, all, first, passes[0].head_dim, seen, whole_tiles(most), passes[0].scale,
-            [&] {
+            scratch, all, first, passes[0].head_dim, seen, whole_tiles(most),
+            [&](int r) -> const Pass<T>& { return *pass_of[r]; }, [&] {
                 for (int i = 0, at = 0; i < count; at += rows[i++]) {
-                    begin_pass(scratch, passes[i]);
+                    begin_values(scratch, passes[i]);
                     multiply_values_tiles<1>(scratch, passes[i], at, passes[i].count);
                 }
             });
     }
 
     static void attend(
-        int rows, Scratch<Bfloat16>& scratch, const Pass<Bfloat16>& pass, int first, int count,
+        int rows, Scratch<T>& scratch, const Pass<T>& pass, int first, int count,
         const int* seen) {
-        (rows > TILE_ROWS ? attend_tiles<2> : attend_tiles<1>)(
+        (rows > TILE_ROWS ? attend_tiles<2, T> : attend_tiles<1, T>)(
             rows, scratch, pass, first, count, seen);
     }
 };

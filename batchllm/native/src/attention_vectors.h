@@ -19,12 +19,14 @@ static_assert(ROWS <= MOST_ROWS && ROWS <= W, "one number a row fits a vector");
 template <typename T, int R, int N>
 INLINE void multiply_keys(
     const Row<T>* const* queries, const typename T::Value* const* panels, int head_dim,
-    Ahead<T>& ahead, float* scores) {
+    Ahead& ahead, float* scores) {
     const auto fetch = ahead.take(panels[0]);
     Floats sums[R][N] = {};
     for (int d = 0; d < head_dim; d += T::GROUP) {
-        __builtin_prefetch(fetch.keys + d * W);
-        __builtin_prefetch(fetch.values + d * W);
+        if (!T::ROUNDED) {  // else it was done while they were widened
+            __builtin_prefetch(fetch.keys + d * W * sizeof(typename T::Value));
+            __builtin_prefetch(fetch.values + d * W * sizeof(typename T::Value));
+        }
         add_products<Product<T>>(
             sums, [&](int n) { return load<Words>(panels[n] + d * W); },
             [&](int r) { return queries[r] + d; });
@@ -75,7 +77,8 @@ void attend_rows(
             queries, pass.panels + n, head_dim, scratch.ahead, scores + n * W);
     for (; n < num_panels; n++)
         multiply_keys<T, R, 1>(queries, pass.panels + n, head_dim, scratch.ahead, scores + n * W);
-    const Floats keep = weigh_rows<T>(scratch, first, 0, R, seen, num_panels, pass.scale);
+    const Floats keep = weigh_rows<T>(
+        scratch, first, 0, R, seen, num_panels, [&](int) -> const Pass<T>& { return pass; });
     const Row<T>* weights = scratch.weights.data();
     float* out = scratch.out.data() + int64_t(first) * head_dim;
     int d = 0;
@@ -102,7 +105,9 @@ struct InVectors {
 
     static void begin_thread() {}
     static void end_thread() {}
-    static void begin_pass(Scratch<T>&, const Pass<T>&) {}
+    static void begin_values(Scratch<T>& scratch, const Pass<T>& pass) {
+        widen_values(scratch, pass);
+    }
     static void attend_each(
         Scratch<T>&, const Pass<T>*, const int*, int, int, const int*) {}
     static void attend(

@@ -26,6 +26,7 @@ constexpr int W = 4;
 typedef float Floats __attribute__((vector_size(W * 4)));
 typedef int32_t Words __attribute__((vector_size(W * 4)));
 typedef uint16_t Halves __attribute__((vector_size(W * 2)));
+typedef int8_t Bytes __attribute__((vector_size(W)));
 
 #define INLINE inline __attribute__((always_inline))
 
@@ -140,7 +141,8 @@ INLINE uint16_t bfloat16_of(float x) {  // to the nearest, ties to even; a NaN s
 // How values are stored. GROUP neighbours along the summed axis of a product lie side by side in
 // one 32-bit word, so that a vector holds W columns of them (products.h).
 struct Bfloat16 {
-    typedef uint16_t Value;
+    typedef uint16_t Value, Kept;  // what the cache of keys and values keeps
+    static constexpr bool ROUNDED = false;  // there
     static constexpr int GROUP = 2;
     static constexpr bool COARSE = true;  // what is rounded to eight bits need not be exact to 24
 
@@ -183,7 +185,8 @@ struct Bfloat16 {
 };
 
 struct Float32 {
-    typedef float Value;
+    typedef float Value, Kept;
+    static constexpr bool ROUNDED = false;
     static constexpr int GROUP = 1;
     static constexpr bool COARSE = false;
 
