@@ -12,25 +12,30 @@
 // else. A part is the keys and the values of W tokens.
 class Ahead {
     struct Part {
-        const char *keys, *values;
+        const char *keys, *values, *key_scales, *value_scales;
     };
     std::vector<Part> parts;
     size_t next = 0, used = 0;
-    const int half;  // lines of the cache that the keys of a part are, and the values
-    int line = 0;    // of the next part, if some of it was fetched
+    const int half, lines;  // of the cache: those that the keys of a part are; keys, values, scales
+    int line = 0;           // of the next part, if some of it was fetched
     static constexpr int LINE_BYTES = 64;
     static constexpr size_t MOST = 96;  // of them: they must stay in the second-level cache
 
   public:
-    explicit Ahead(int part_bytes) : half((part_bytes + LINE_BYTES - 1) / LINE_BYTES) {}
+    Ahead(int part_bytes, bool scaled)
+        : half((part_bytes + LINE_BYTES - 1) / LINE_BYTES), lines(2 * half + (scaled ? 2 : 0)) {}
     // Parts that were used are forgotten; more may be added.
     void forget() {
         parts.erase(parts.begin(), parts.begin() + used);
         next -= used;
         used = 0;
     }
-    void add(const void* keys, const void* values) {
-        parts.push_back({static_cast<const char*>(keys), static_cast<const char*>(values)});
+    void add(
+        const void* keys, const void* values, const float* key_scales, const float* value_scales) {
+        parts.push_back(
+            {static_cast<const char*>(keys), static_cast<const char*>(values),
+             reinterpret_cast<const char*>(key_scales),
+             reinterpret_cast<const char*>(value_scales)});
     }
     // That many more parts are read from now on, and need not be fetched.
     void use(size_t count) {
@@ -42,15 +47,18 @@ class Ahead {
     void fetch(int count) {
         for (; count > 0 && next < std::min(parts.size(), used + MOST); count--) {
             const Part& part = parts[next];
-            const char* from = line < half ? part.keys + line * LINE_BYTES
-                                           : part.values + (line - half) * LINE_BYTES;
+            const char* from = line < half       ? part.keys + line * LINE_BYTES
+                               : line < 2 * half ? part.values + (line - half) * LINE_BYTES
+                               : line == 2 * half ? part.key_scales
+                                                  : part.value_scales;
             __builtin_prefetch(from, 0, 2);
-            if (++line == 2 * half) next++, line = 0;
+            if (++line == lines) next++, line = 0;
         }
     }
     // What to fetch next; `idle` if there is nothing.
     Part take(const void* idle) {
         const char* nothing = static_cast<const char*>(idle);
-        return next < std::min(parts.size(), used + MOST) ? parts[next++] : Part{nothing, nothing};
+        const bool any = next < std::min(parts.size(), used + MOST);
+        return any ? parts[next++] : Part{nothing, nothing, nothing, nothing};
     }
 };

@@ -32,53 +32,45 @@ void look_ahead(const Step& s, const Layer& layer, Scratch<T>& scratch, int64_t 
     typedef typename T::Kept Kept;
     const Layout<T> layout(s);
     const int64_t tile = s.tile_order[unit / s.num_kv_heads], kv_head = unit % s.num_kv_heads;
+    const Kept* keys = static_cast<const Kept*>(layer.keys) + kv_head * layout.head_values;
+    const Kept* values = static_cast<const Kept*>(layer.values) + kv_head * layout.head_values;
     scratch.ahead.forget();
     for (int64_t i = s.tile_offsets[tile]; i < s.tile_offsets[tile + 1]; i++) {
         const int64_t item = s.tile_items[i];
         const int64_t* ids = s.block_ids + s.block_offsets[item];
         const int64_t end = std::min(s.query_end[item], s.tile_begin[tile + 1]);
         for (int64_t token = 0; token < seen_of(s, item, end - 1); token += W) {
-            const int64_t place = ids[token / s.block_size] * layout.block_values +
-                                  kv_head * layout.head_values +
-                                  layout.part_place(token % s.block_size);
+            const int64_t block = ids[token / s.block_size], offset = token % s.block_size;
+            const int64_t place = layout.part_place(block, offset);
             scratch.ahead.add(
-                static_cast<const Kept*>(layer.keys) + place,
-                static_cast<const Kept*>(layer.values) + place);
+                keys + place, values + place, layout.scales(keys, block, offset),
+                layout.scales(values, block, offset));
         }
     }
 }
 
-// The pass of an item that begins at its token `start`, up to token `end`. Of a cache in int8 it is
-// what will be in `scratch` when the parts have been widened.
+// The pass of an item that begins at its token `start`, up to token `end`.
 template <typename T>
 void set_pass(
-    const Step& s, const Layer& layer, Scratch<T>& scratch, int64_t item, int kv_head,
-    int64_t start, int64_t end, Pass<T>& pass) {
+    const Step& s, const Layer& layer, int64_t item, int kv_head, int64_t start, int64_t end,
+    Pass<T>& pass) {
     typedef typename T::Kept Kept;
     const Layout<T> layout(s);
     const int64_t* ids = s.block_ids + s.block_offsets[item];
     const Kept* keys = static_cast<const Kept*>(layer.keys) + kv_head * layout.head_values;
     const Kept* values = static_cast<const Kept*>(layer.values) + kv_head * layout.head_values;
-    const auto place = [&](int64_t token) {
-        return ids[token / s.block_size] * layout.block_values +
-               layout.part_place(token % s.block_size);
-    };
     pass.head_dim = s.head_dim;
     pass.scale = float(M_LOG2E / std::sqrt(double(s.head_dim)));
     pass.count = int(std::min<int64_t>(s.pass_keys, end - start));
-    if constexpr (T::ROUNDED) {
-        for (int p = 0; p * W < pass.count; p++) {
-            pass.kept_keys[p] = keys + place(start + p * W);
-            pass.kept_values[p] = values + place(start + p * W);
-            pass.panels[p] = scratch.keys.data() + p * W * s.head_dim;
-        }
-        pass.step = KEYS;
-        pass.values[0] = scratch.values.data();
-    } else {
-        for (int p = 0; p * W < pass.count; p++) pass.panels[p] = keys + place(start + p * W);
-        pass.step = std::min(s.block_size, s.pass_keys);  // of longer blocks a part
-        for (int b = 0; b * pass.step < pass.count; b++)
-            pass.values[b] = values + place(start + int64_t(b) * pass.step);
+    pass.step = std::min(s.block_size, s.pass_keys);
+    for (int p = 0; p < pass.num_panels(); p++) {
+        const int64_t token = start + p * W, offset = token % s.block_size;
+        const int64_t block = ids[token / s.block_size], place = layout.part_place(block, offset);
+        pass.keys[p] = keys + place;
+        pass.values[p] = values + place;
+        if (!T::ROUNDED) continue;
+        pass.key_scales[p] = layout.scales(keys, block, offset);
+        pass.value_scales[p] = layout.scales(values, block, offset);
     }
 }
 
@@ -102,10 +94,9 @@ void attend_item(
     const auto sees = [&](int64_t query) { return seen_of(s, item, query); };
     Pass<T> pass;
     for (int64_t start = 0; start < sees(queries.end - 1); start += s.pass_keys) {
-        set_pass(s, layer, scratch, item, kv_head, start, sees(queries.end - 1), pass);
+        set_pass(s, layer, item, kv_head, start, sees(queries.end - 1), pass);
         scratch.ahead.use(pass.num_panels());
-        widen_keys(scratch, pass);
-        Way::begin_values(scratch, pass);
+        Way::open(scratch, pass);
         const int last = int(queries.end - tile_begin) * group;
         for (int row = int(queries.begin - tile_begin) * group; row < last; row += Way::MOST) {
             const int rows = std::min(Way::MOST, last - row);
@@ -137,7 +128,7 @@ int64_t attend_several(
         const int64_t here = (queries.end - queries.begin) * group;
         if (here > Way::FEW || all + here > Way::MOST || most > s.pass_keys) break;
         if (count > 0 && queries.begin != next_query) break;
-        set_pass(s, layer, scratch, item, kv_head, 0, most, passes[count]);
+        set_pass(s, layer, item, kv_head, 0, most, passes[count]);
         rows[count++] = int(here);
         next_query = queries.end;
         for (int r = 0; r < here; r++)
@@ -147,22 +138,6 @@ int64_t attend_several(
     const int first = int(next_query - s.tile_begin[tile]) * group - all;
     Way::attend_each(scratch, passes, rows, count, first, seen);
     return count;
-}
-
-// Where a row's query is to be read.
-template <typename T, typename Way>
-INLINE const Row<T>* query_row(
-    Scratch<T>& scratch, int row, const typename T::Value* query, int head_dim) {
-    if constexpr (!Way::COPIES) {
-        return query;
-    } else {
-        Row<T>* to = scratch.copied.data() + int64_t(row) * head_dim;
-        if constexpr (std::is_same_v<Row<T>, typename T::Value>)
-            for (int d = 0; d < head_dim; d += W) store(to + d, load<Halves>(query + d));
-        else
-            for (int d = 0; d < head_dim; d += W) store(to + d, T::widen(query + d));
-        return to;
-    }
 }
 
 template <typename T, typename Way>
@@ -179,7 +154,7 @@ void attend_tile(
     for (int row = 0; row < rows; row++) {
         const Value* query = static_cast<const Value*>(layer.qkv) + (begin + row / group) * width +
                              (kv_head * group + row % group) * s.head_dim;
-        scratch.queries[row] = query_row<T, Way>(scratch, row, query, s.head_dim);
+        Way::put_query(scratch, row, query, s.head_dim);
     }
     for (int64_t i = s.tile_offsets[tile], several = 0; i < s.tile_offsets[tile + 1];
          i += std::max<int64_t>(several, 1)) {
@@ -197,19 +172,17 @@ void attend_tile(
     }
 }
 
-template <typename T, template <typename> typename Ways>
+template <typename T, typename Way>
 void run(const Step& s, const Layer& layer) {
     const int64_t units = s.num_tiles * s.num_kv_heads;
-    typedef Ways<T> Way;
     std::atomic<int64_t> taken{0};
 #pragma omp parallel
     {
-        Scratch<T> scratch(
-            s.tile_size * (s.num_heads / s.num_kv_heads), s.head_dim, Layout<T>(s).part_bytes());
+        Scratch<T> scratch(s.tile_size * (s.num_heads / s.num_kv_heads), s.head_dim);
 #pragma omp for schedule(static)
         for (int64_t token = 0; token < s.num_tokens; token++) {
             if (token + 1 < s.num_tokens) fetch_slot<T>(s, layer, token + 1);
-            rotate_and_write<T>(s, layer, token, scratch.wide.data());
+            rotate_and_write<T>(s, layer, token, scratch.wide.data(), scratch.narrow.data());
         }
         // The barrier after the loop: queries read keys that other threads write.
         Way::begin_thread();
@@ -228,18 +201,21 @@ void run(const Step& s, const Layer& layer) {
     }
 }
 
-template <typename T, template <typename> typename Ways>
-void run_on_cache(const Step& s, const Layer& layer) {
-    (s.kv_is_int8 ? run<Rounded<T>, Ways> : run<T, Ways>)(s, layer);
+template <typename T>
+void run_fastest(const Step& s, const Layer& layer) {
+#if defined(BATCHLLM_TILES)
+    if constexpr (T::GROUP == 2)
+        if (InTiles<T>::fit(s.head_dim)) return run<T, InTiles<T>>(s, layer);
+#endif
+    run<T, InVectors<T>>(s, layer);
 }
 
 }  // namespace
 
 extern "C" void batchllm_attention(const Step* step, const Layer* layer) {
-    if (!step->is_bfloat16) return run_on_cache<Float32, InVectors>(*step, *layer);
-#if defined(BATCHLLM_TILES)
-    if (InTiles<Bfloat16>::fit(step->head_dim))
-        return run_on_cache<Bfloat16, InTiles>(*step, *layer);
-#endif
-    run_on_cache<Bfloat16, InVectors>(*step, *layer);
+    if (step->kv_is_int8)
+        (step->is_bfloat16 ? run_fastest<Rounded<Bfloat16>> : run_fastest<Rounded<Float32>>)(
+            *step, *layer);
+    else
+        (step->is_bfloat16 ? run_fastest<Bfloat16> : run_fastest<Float32>)(*step, *layer);
 }

@@ -29,22 +29,13 @@ constexpr int MOST_ROWS = W, ROOM_ROWS = W;
 // What a tile attends to at once: up to KEYS tokens of a segment.
 template <typename T>
 struct Pass {
-    typedef typename T::Value Value;
     int count, head_dim;
+    int step;  // so many tokens' parts lie one behind the other
     float scale;
-    const Value* panels[KEYS / W];  // the keys, W tokens each
-    int step;                       // the values, so many tokens each
-    const Value* values[KEYS / W];
-    const typename T::Kept *kept_keys[KEYS / W], *kept_values[KEYS / W];  // in int8: what they were
+    const typename T::Kept *keys[KEYS / W], *values[KEYS / W];       // W tokens each
+    const float *key_scales[KEYS / W], *value_scales[KEYS / W];  // in int8
 
     int num_panels() const { return (count + W - 1) / W; }
-    // In int8 the scales of the tokens of a panel.
-    Floats key_scales(int p) const { return load<Floats>(kept_keys[p] + W * head_dim); }
-    Floats value_scales(int p) const { return load<Floats>(kept_values[p] + W * head_dim); }
-    // The values of a token, and of its group's others.
-    const Value* values_of(int token) const {
-        return values[token / step] + token % step / T::GROUP * head_dim * T::GROUP;
-    }
 };
 
 // One thread's memory: the state of a tile, and a few rows' scores against one pass of keys.
@@ -53,62 +44,52 @@ struct Scratch {
     Ahead ahead;
     Lines<float> out, peak, total, scores;
     Lines<Row<T>> weights, copied;
-    Lines<float> wide;                      // a key and a value, to be rounded
-    Lines<typename T::Value> keys, values;  // of one pass, widened or (in tiles) copied
+    Lines<float> wide;  // a head's numbers on their way into a cache of int8, and rounded
+    Lines<int8_t> narrow;
+    Lines<typename T::Value> keys, values;                         // of one pass, widened
+    const typename T::Value *key_parts[KEYS / W], *value_parts[KEYS / W];  // there or in the cache
 #if defined(BATCHLLM_TILES)
-    Lines<float> sums;                               // of one pass
-    const typename T::Value* groups[KEYS / W] = {};  // its values, TILE_VALUES tokens each
+    Lines<float> sums;                         // of one pass
+    Lines<float> kept, units;                  // what rows' earlier sums, and these, are worth
+    Lines<float> query_scales;                 // of rows for a cache in int8
+    Lines<typename T::Kept> parted;            // values of one pass, copied together
+    const typename T::Kept* groups[KEYS / W];  // all of its values, as many as a tile has each
 #endif
     std::vector<const Row<T>*> queries;  // of each row, where they are or copied to
 
-    Scratch(int rows, int head_dim, int part_bytes)
-        : ahead(part_bytes),
+    Scratch(int rows, int head_dim)
+        : ahead(int(W * head_dim * sizeof(typename T::Kept)), T::ROUNDED),
           out(size_t(rows) * head_dim),
           peak(rows),
           total(size_t(rows) * W),
           scores(size_t(ROOM_ROWS) * KEYS),
           weights(size_t(ROOM_ROWS) * KEYS),
           copied(size_t(rows + ROOM_ROWS) * head_dim),  // the last tile of rows may be part-filled
-          wide(size_t(2) * head_dim),
+          wide(T::ROUNDED ? head_dim : 0),
+          narrow(T::ROUNDED ? head_dim : 0),
           keys(T::ROUNDED ? size_t(KEYS) * head_dim : 0),
-          values(T::ROUNDED || MOST_ROWS > W ? size_t(KEYS) * head_dim : 0),
+          values(T::ROUNDED ? size_t(KEYS) * head_dim : 0),
 #if defined(BATCHLLM_TILES)
           sums(size_t(ROOM_ROWS) * head_dim),
+          kept(ROOM_ROWS),
+          units(ROOM_ROWS),
+          query_scales(rows),
+          parted(size_t(KEYS) * head_dim),
 #endif
           queries(rows) {}
 };
 
-// Widens the keys or values of a pass, which the cache has in int8, to where they will be read.
-template <typename T>
-INLINE void widen(const Pass<T>& pass, const int8_t* const* kept, Ahead& ahead,
-                  Lines<typename T::Value>& to) {
-    for (int p = 0; p < pass.num_panels(); p++)
-        widen_part<T>(kept[p], pass.head_dim, ahead, to.data() + p * W * pass.head_dim);
-}
-
-template <typename T>
-INLINE void widen_keys(Scratch<T>& scratch, const Pass<T>& pass) {
-    if constexpr (T::ROUNDED) widen(pass, pass.kept_keys, scratch.ahead, scratch.keys);
-}
-
-template <typename T>
-INLINE void widen_values(Scratch<T>& scratch, const Pass<T>& pass) {
-    if constexpr (T::ROUNDED) widen(pass, pass.kept_values, scratch.ahead, scratch.values);
-}
-
 // Scores to weights for `rows` <= W rows from `first` on, row r of which sees `seen[r]` keys; the
 // others, up to `num_panels` panels of W, get none. `at`: where their scores and weights begin.
-// Row r's scores are with the pass `pass_of(r)`. Returns what the rows' sums so far are to be
-// multiplied by.
-template <typename T, typename Passes>
+// Returns what the rows' sums so far are to be multiplied by.
+template <typename T>
 INLINE Floats weigh_rows(
-    Scratch<T>& scratch, int first, int at, int rows, const int* seen, int num_panels,
-    Passes pass_of) {
-    const float scale = pass_of(0).scale;
+    Scratch<T>& scratch, const Pass<T>& pass, int first, int at, int rows, const int* seen,
+    int num_panels) {
     const auto score = [&](int r, int p) {
         const Floats product = load<Floats>(scratch.scores.data() + (at + r) * KEYS + p * W);
         if constexpr (T::ROUNDED)
-            return product * pass_of(r).key_scales(p);
+            return product * load<Floats>(pass.key_scales[p]);
         else
             return product;
     };
@@ -122,7 +103,7 @@ INLINE Floats weigh_rows(
         if (whole * W < seen[r])
             most = lane + whole * W < seen[r] ? largest(most, score(r, whole)) : most;
         old[r] = scratch.peak[first + r];
-        peak[r] = std::max(old[r], largest(most) * scale);
+        peak[r] = std::max(old[r], largest(most) * pass.scale);
         scratch.peak[first + r] = peak[r];
     }
     const Floats keep = exp2_of_negative(old - peak);
@@ -132,11 +113,11 @@ INLINE Floats weigh_rows(
         float* sums = scratch.total.data() + (first + r) * W;
         Floats total = load<Floats>(sums) * keep[r];
         const auto weigh = [&](int p) {
-            return exp2_of_negative<T::COARSE>(score(r, p) * scale - peak[r]);
+            return exp2_of_negative<T::COARSE>(score(r, p) * pass.scale - peak[r]);
         };
-        const auto valued = [&](int p, Floats w) {  // what the whole numbers of int8 are weighed by
+        const auto valued = [&](int p, Floats w) {  // what the values' whole numbers are weighed by
             if constexpr (T::ROUNDED)
-                return w * pass_of(r).value_scales(p);
+                return w * load<Floats>(pass.value_scales[p]);
             else
                 return w;
         };

@@ -38,14 +38,15 @@ INLINE void multiply_keys(
 // out[r][first : first + N * W] = keep[r] * itself + weights[r] . values, over `count` keys.
 template <typename T, int R, int N>
 INLINE void multiply_values(
-    const Row<T>* weights, const Pass<T>& pass, int count, Floats keep, int first, float* out) {
+    const Scratch<T>& scratch, const Pass<T>& pass, int count, Floats keep, int first, float* out) {
     const int head_dim = pass.head_dim;
+    const Row<T>* weights = scratch.weights.data();
     out += first;
     Floats sums[R][N];
     for (int r = 0; r < R; r++)
         for (int n = 0; n < N; n++) sums[r][n] = load<Floats>(out + r * head_dim + n * W) * keep[r];
     for (int begin = 0; begin < count; begin += pass.step) {
-        const typename T::Value* values = pass.values_of(begin) + first * T::GROUP;
+        const typename T::Value* values = scratch.value_parts[begin / W] + first * T::GROUP;
         const int here = std::min(pass.step, count - begin), whole = here - here % T::GROUP;
         for (int k = 0; k < whole; k += T::GROUP, values += head_dim * T::GROUP)
             add_products<Product<T>>(
@@ -74,17 +75,16 @@ void attend_rows(
     int n = 0;
     for (; n + COLUMNS <= num_panels; n += COLUMNS)
         multiply_keys<T, R, COLUMNS>(
-            queries, pass.panels + n, head_dim, scratch.ahead, scores + n * W);
+            queries, scratch.key_parts + n, head_dim, scratch.ahead, scores + n * W);
     for (; n < num_panels; n++)
-        multiply_keys<T, R, 1>(queries, pass.panels + n, head_dim, scratch.ahead, scores + n * W);
-    const Floats keep = weigh_rows<T>(
-        scratch, first, 0, R, seen, num_panels, [&](int) -> const Pass<T>& { return pass; });
-    const Row<T>* weights = scratch.weights.data();
+        multiply_keys<T, R, 1>(
+            queries, scratch.key_parts + n, head_dim, scratch.ahead, scores + n * W);
+    const Floats keep = weigh_rows(scratch, pass, first, 0, R, seen, num_panels);
     float* out = scratch.out.data() + int64_t(first) * head_dim;
     int d = 0;
     for (; d + COLUMNS * W <= head_dim; d += COLUMNS * W)
-        multiply_values<T, R, COLUMNS>(weights, pass, count, keep, d, out);
-    for (; d < head_dim; d += W) multiply_values<T, R, 1>(weights, pass, count, keep, d, out);
+        multiply_values<T, R, COLUMNS>(scratch, pass, count, keep, d, out);
+    for (; d < head_dim; d += W) multiply_values<T, R, 1>(scratch, pass, count, keep, d, out);
 }
 
 template <typename T, int R>
@@ -99,14 +99,36 @@ INLINE void attend_some(
 // How a tile is attended, in vectors; the same in matrix tiles is in attention_tiles.h.
 template <typename T>
 struct InVectors {
+    typedef typename T::Value Value;
     static constexpr int MOST = ROWS;  // rows at once
-    static constexpr bool COPIES = !std::is_same_v<Row<T>, typename T::Value>;  // the queries
     static constexpr int FEW = 0;  // rows that are better attended with others
 
     static void begin_thread() {}
     static void end_thread() {}
-    static void begin_values(Scratch<T>& scratch, const Pass<T>& pass) {
-        widen_values(scratch, pass);
+    // Makes a query's row ready.
+    static void put_query(
+        Scratch<T>& scratch, int row, const Value* query, int head_dim) {
+        if constexpr (std::is_same_v<Row<T>, Value>) {
+            scratch.queries[row] = query;
+        } else {
+            Row<T>* to = scratch.copied.data() + int64_t(row) * head_dim;
+            for (int d = 0; d < head_dim; d += W) store(to + d, T::widen(query + d));
+            scratch.queries[row] = to;
+        }
+    }
+    // Makes a pass ready.
+    static void open(Scratch<T>& scratch, const Pass<T>& pass) {
+        for (int p = 0; p < pass.num_panels(); p++) {
+            if constexpr (T::ROUNDED) {
+                Value* keys = scratch.keys.data() + p * W * pass.head_dim;
+                Value* values = scratch.values.data() + p * W * pass.head_dim;
+                widen_part<T>(pass.keys[p], pass.head_dim / 4, W, scratch.ahead, keys);
+                widen_part<T>(pass.values[p], W / 4, pass.head_dim, scratch.ahead, values);
+                scratch.key_parts[p] = keys, scratch.value_parts[p] = values;
+            } else {
+                scratch.key_parts[p] = pass.keys[p], scratch.value_parts[p] = pass.values[p];
+            }
+        }
     }
     static void attend_each(
         Scratch<T>&, const Pass<T>*, const int*, int, int, const int*) {}

@@ -54,6 +54,7 @@ class Lines {
     explicit Lines(size_t size)
         : memory(static_cast<V*>(std::aligned_alloc(64, (size * sizeof(V) / 64 + 1) * 64))) {}
     V* data() { return memory.get(); }
+    const V* data() const { return memory.get(); }
     V& operator[](size_t i) { return memory[i]; }
 };
 
@@ -68,6 +69,21 @@ INLINE float largest(Floats v) {
     float x = v[0];
     for (int i = 1; i < W; i++) x = v[i] > x ? v[i] : x;
     return x;
+}
+
+INLINE int32_t largest(Words v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_epi32((__m512i)v);
+#endif
+    int32_t x = v[0];
+    for (int i = 1; i < W; i++) x = v[i] > x ? v[i] : x;
+    return x;
+}
+
+INLINE float float_of_bits(int32_t bits) {
+    float f;
+    std::memcpy(&f, &bits, sizeof f);
+    return f;
 }
 
 INLINE float sum(Floats v) {
@@ -142,8 +158,8 @@ INLINE uint16_t bfloat16_of(float x) {  // to the nearest, ties to even; a NaN s
 // one 32-bit word, so that a vector holds W columns of them (products.h).
 struct Bfloat16 {
     typedef uint16_t Value, Kept;  // what the cache of keys and values keeps
-    static constexpr bool ROUNDED = false;  // there
-    static constexpr int GROUP = 2;
+    static constexpr int GROUP = 2, KEPT_GROUP = 2;
+    static constexpr bool ROUNDED = false;  // the cache to whole numbers
     static constexpr bool COARSE = true;  // what is rounded to eight bits need not be exact to 24
 
     static INLINE float get(Value x) { return float_of(x); }
@@ -186,8 +202,8 @@ struct Bfloat16 {
 
 struct Float32 {
     typedef float Value, Kept;
+    static constexpr int GROUP = 1, KEPT_GROUP = 1;
     static constexpr bool ROUNDED = false;
-    static constexpr int GROUP = 1;
     static constexpr bool COARSE = false;
 
     static INLINE float get(Value x) { return x; }

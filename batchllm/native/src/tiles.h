@@ -72,6 +72,12 @@ INLINE void multiply_bytes() {
     asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUM), "i"(A), "i"(B));
 }
 
+// Four signed bytes in each word of A and of B.
+template <int SUM, int A, int B>
+INLINE void multiply_signed_bytes() {
+    asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUM), "i"(A), "i"(B));
+}
+
 // Linux lets a process use tiles once it has asked (since 5.16); its threads may, too.
 inline bool may_use_tiles() {
     constexpr long ASK = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA

@@ -77,12 +77,22 @@ void multiply_bfloat16() {
     });
 }
 
-template <int SUM, int A, int B>
-void multiply_bytes() {
+template <int SUM, int A, int B, typename Left>
+void multiply_bytes_of() {
     multiply_tiles_by<SUM, A, B, int32_t>([](int32_t& sum, const void* a, const void* b) {
         for (int i = 0; i < 4; i++)
-            sum += int32_t(static_cast<const uint8_t*>(a)[i]) * static_cast<const int8_t*>(b)[i];
+            sum += int32_t(static_cast<const Left*>(a)[i]) * static_cast<const int8_t*>(b)[i];
     });
+}
+
+template <int SUM, int A, int B>
+void multiply_bytes() {
+    multiply_bytes_of<SUM, A, B, uint8_t>();
+}
+
+template <int SUM, int A, int B>
+void multiply_signed_bytes() {
+    multiply_bytes_of<SUM, A, B, int8_t>();
 }
 
 inline bool may_use_tiles() { return true; }
