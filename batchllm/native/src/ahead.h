@@ -24,6 +24,10 @@ class Ahead {
   public:
     Ahead(int part_bytes, bool scaled)
         : half((part_bytes + LINE_BYTES - 1) / LINE_BYTES), lines(2 * half + (scaled ? 2 : 0)) {}
+    void clear() {
+        parts.clear();
+        next = used = 0, line = 0;
+    }
     // Parts that were used are forgotten; more may be added.
     void forget() {
         parts.erase(parts.begin(), parts.begin() + used);

@@ -21,6 +21,12 @@
 
 namespace {
 
+// How many tokens are attended to at a time.
+template <typename T>
+INLINE int pass_keys(const Step& s) {
+    return std::min(s.pass_keys, KEYS<T>);
+}
+
 // How many tokens of an item's segment a query sees: all, or up to its own.
 INLINE int64_t seen_of(const Step& s, int64_t item, int64_t query) {
     return s.kv_len[item] - (s.own[item] ? s.query_end[item] - 1 - query : 0);
@@ -61,8 +67,8 @@ void set_pass(
     const Kept* values = static_cast<const Kept*>(layer.values) + kv_head * layout.head_values;
     pass.head_dim = s.head_dim;
     pass.scale = float(M_LOG2E / std::sqrt(double(s.head_dim)));
-    pass.count = int(std::min<int64_t>(s.pass_keys, end - start));
-    pass.step = std::min(s.block_size, s.pass_keys);
+    pass.count = int(std::min<int64_t>(pass_keys<T>(s), end - start));
+    pass.step = std::min(s.block_size, pass_keys<T>(s));
     for (int p = 0; p < pass.num_panels(); p++) {
         const int64_t token = start + p * W, offset = token % s.block_size;
         const int64_t block = ids[token / s.block_size], place = layout.part_place(block, offset);
@@ -93,7 +99,7 @@ void attend_item(
     const Queries queries(s, item, tile);
     const auto sees = [&](int64_t query) { return seen_of(s, item, query); };
     Pass<T> pass;
-    for (int64_t start = 0; start < sees(queries.end - 1); start += s.pass_keys) {
+    for (int64_t start = 0; start < sees(queries.end - 1); start += pass_keys<T>(s)) {
         set_pass(s, layer, item, kv_head, start, sees(queries.end - 1), pass);
         scratch.ahead.use(pass.num_panels());
         Way::open(scratch, pass);
@@ -126,7 +132,7 @@ int64_t attend_several(
         const Queries queries(s, item, tile);
         const int64_t most = seen_of(s, item, queries.end - 1);
         const int64_t here = (queries.end - queries.begin) * group;
-        if (here > Way::FEW || all + here > Way::MOST || most > s.pass_keys) break;
+        if (here > Way::FEW || all + here > Way::MOST || most > pass_keys<T>(s)) break;
         if (count > 0 && queries.begin != next_query) break;
         set_pass(s, layer, item, kv_head, 0, most, passes[count]);
         rows[count++] = int(here);
@@ -178,7 +184,8 @@ void run(const Step& s, const Layer& layer) {
     std::atomic<int64_t> taken{0};
 #pragma omp parallel
     {
-        Scratch<T> scratch(s.tile_size * (s.num_heads / s.num_kv_heads), s.head_dim);
+        Scratch<T>& scratch =
+            Scratch<T>::of_thread(s.tile_size * (s.num_heads / s.num_kv_heads), s.head_dim);
 #pragma omp for schedule(static)
         for (int64_t token = 0; token < s.num_tokens; token++) {
             if (token + 1 < s.num_tokens) fetch_slot<T>(s, layer, token + 1);

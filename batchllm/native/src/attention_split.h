@@ -9,7 +9,7 @@
 
 #if defined(BATCHLLM_TILES)
 constexpr int MOST_SPLIT = 256;  // numbers a sum, for which 32 bits are enough
-static_assert(KEYS <= MOST_SPLIT, "sums over a pass");
+static_assert(KEYS<Rounded<Bfloat16>> <= MOST_SPLIT, "sums over a pass");
 
 // Four vectors of numbers, in the low halves of words, to their upper and their lower bytes.
 INLINE void put_split(const Words (&x)[4], int8_t* upper, int8_t* lower) {
@@ -82,15 +82,15 @@ INLINE void weigh_split(
     int num_panels) {
     Words lane;
     for (int i = 0; i < W; i++) lane[i] = i;
-    float* products = scratch.scores.data() + 2 * at * KEYS;
+    float* products = scratch.scores.data() + 2 * at * KEYS<T>;
     Floats old{}, peak{}, scale{};
     Words largest_value{};
     for (int r = 0; r < rows; r++) {
-        float* row = products + 2 * r * KEYS;
+        float* row = products + 2 * r * KEYS<T>;
         Floats most = broadcast(-INFINITY);
         Words most_value{};
         for (int p = 0; p * W < seen[r]; p++) {
-            const Floats score = joined(row + p * W, row + KEYS + p * W) *
+            const Floats score = joined(row + p * W, row + KEYS<T> + p * W) *
                                  load<Floats>(pass.key_scales[p]);
             const Words value = load<Words>(pass.value_scales[p]);
             store(row + p * W, score);
@@ -119,8 +119,8 @@ INLINE void weigh_split(
     store(scratch.kept.data() + at, exp2_of_negative(old - peak));
     const Floats raised = peak - __builtin_convertvector(power, Floats);
     for (int r = 0; r < rows; r++) {
-        const float* row = products + 2 * r * KEYS;
-        int8_t* weights = reinterpret_cast<int8_t*>(scratch.weights.data()) + 2 * (at + r) * KEYS;
+        const float* row = products + 2 * r * KEYS<T>;
+        int8_t* weights = reinterpret_cast<int8_t*>(scratch.weights.data()) + 2 * (at + r) * KEYS<T>;
         float* sums = scratch.total.data() + (first + r) * W;
         Floats total{};
         for (int p = 0; p < num_panels; p += 4) {
@@ -150,7 +150,7 @@ INLINE void weigh_split(
                     numbers[i] = sees ? numbers[i] : Words{};
                 }
             }
-            put_split(numbers, weights + p * W, weights + KEYS + p * W);
+            put_split(numbers, weights + p * W, weights + KEYS<T> + p * W);
         }
         store(sums, load<Floats>(sums) * scratch.kept[at + r] + total * whole[r]);
         scratch.ahead.fetch(LINES_A_ROW);

@@ -17,7 +17,10 @@ using Product = std::conditional_t<T::GROUP == 2, Bfloat16Product, Float32Produc
 template <typename T>
 using Row = typename Product<T>::Value;
 
-constexpr int KEYS = 256;  // most keys a pass: their scores stay in the first-level cache
+// Most keys a pass. The first-level cache has scores, weights, keys and values of it; what is int8 in
+// the cache is two rows in tiles, or is widened.
+template <typename T>
+constexpr int KEYS = T::ROUNDED ? 128 : 256;
 #if defined(BATCHLLM_TILES)
 constexpr int MOST_ROWS = 2 * TILE_ROWS;  // whose scores are there at once
 constexpr int ROOM_ROWS = MOST_ROWS + TILE_ROWS;  // a tile may begin at the last
@@ -32,49 +35,63 @@ struct Pass {
     int count, head_dim;
     int step;  // so many tokens' parts lie one behind the other
     float scale;
-    const typename T::Kept *keys[KEYS / W], *values[KEYS / W];       // W tokens each
-    const float *key_scales[KEYS / W], *value_scales[KEYS / W];  // in int8
+    const typename T::Kept *keys[KEYS<T> / W], *values[KEYS<T> / W];       // W tokens each
+    const float *key_scales[KEYS<T> / W], *value_scales[KEYS<T> / W];  // in int8
 
     int num_panels() const { return (count + W - 1) / W; }
 };
 
-// One thread's memory: the state of a tile, and a few rows' scores against one pass of keys.
+// A thread's memory: the state of a tile, and a few rows' scores against one pass of keys.
 template <typename T>
 struct Scratch {
+    const int most_rows, head_dim;
     Ahead ahead;
     Lines<float> out, peak, total, scores;
     Lines<Row<T>> weights, copied;
     Lines<float> wide;  // a head's numbers on their way into a cache of int8, and rounded
     Lines<int8_t> narrow;
     Lines<typename T::Value> keys, values;                         // of one pass, widened
-    const typename T::Value *key_parts[KEYS / W], *value_parts[KEYS / W];  // there or in the cache
+    const typename T::Value *key_parts[KEYS<T> / W], *value_parts[KEYS<T> / W];  // there or in the cache
 #if defined(BATCHLLM_TILES)
     Lines<float> sums;                         // of one pass
     Lines<float> kept, units;                  // what rows' earlier sums, and these, are worth
     Lines<float> query_scales;                 // of rows for a cache in int8
     Lines<typename T::Kept> parted;            // values of one pass, copied together
-    const typename T::Kept* groups[KEYS / W];  // all of its values, as many as a tile has each
+    const typename T::Kept* groups[KEYS<T> / W];  // all of its values, as many as a tile has each
 #endif
     std::vector<const Row<T>*> queries;  // of each row, where they are or copied to
 
+    // The calling thread's, as its last call left it but for `ahead`; were it given back, the system
+    // would clear its pages for every call.
+    static Scratch& of_thread(int rows, int head_dim) {
+        static thread_local std::unique_ptr<Scratch> kept;
+        if (kept == nullptr || kept->most_rows < rows || kept->head_dim != head_dim)
+            kept.reset(new Scratch(rows, head_dim));
+        kept->ahead.clear();
+        return *kept;
+    }
+
+  private:
     Scratch(int rows, int head_dim)
-        : ahead(int(W * head_dim * sizeof(typename T::Kept)), T::ROUNDED),
+        : most_rows(rows),
+          head_dim(head_dim),
+          ahead(int(W * head_dim * sizeof(typename T::Kept)), T::ROUNDED),
           out(size_t(rows) * head_dim),
           peak(rows),
           total(size_t(rows) * W),
-          scores(size_t(ROOM_ROWS) * KEYS),
-          weights(size_t(ROOM_ROWS) * KEYS),
+          scores(size_t(ROOM_ROWS) * KEYS<T>),
+          weights(size_t(ROOM_ROWS) * KEYS<T>),
           copied(size_t(rows + ROOM_ROWS) * head_dim),  // the last tile of rows may be part-filled
           wide(T::ROUNDED ? head_dim : 0),
           narrow(T::ROUNDED ? head_dim : 0),
-          keys(T::ROUNDED ? size_t(KEYS) * head_dim : 0),
-          values(T::ROUNDED ? size_t(KEYS) * head_dim : 0),
+          keys(T::ROUNDED ? size_t(KEYS<T>) * head_dim : 0),
+          values(T::ROUNDED ? size_t(KEYS<T>) * head_dim : 0),
 #if defined(BATCHLLM_TILES)
           sums(size_t(ROOM_ROWS) * head_dim),
           kept(ROOM_ROWS),
           units(ROOM_ROWS),
           query_scales(rows),
-          parted(size_t(KEYS) * head_dim),
+          parted(size_t(KEYS<T>) * head_dim),
 #endif
           queries(rows) {}
 };
@@ -87,7 +104,7 @@ INLINE Floats weigh_rows(
     Scratch<T>& scratch, const Pass<T>& pass, int first, int at, int rows, const int* seen,
     int num_panels) {
     const auto score = [&](int r, int p) {
-        const Floats product = load<Floats>(scratch.scores.data() + (at + r) * KEYS + p * W);
+        const Floats product = load<Floats>(scratch.scores.data() + (at + r) * KEYS<T> + p * W);
         if constexpr (T::ROUNDED)
             return product * load<Floats>(pass.key_scales[p]);
         else
@@ -109,7 +126,7 @@ INLINE Floats weigh_rows(
     const Floats keep = exp2_of_negative(old - peak);
     for (int r = 0; r < rows; r++) {
         const int whole = seen[r] / W;
-        Row<T>* weights = scratch.weights.data() + (at + r) * KEYS;
+        Row<T>* weights = scratch.weights.data() + (at + r) * KEYS<T>;
         float* sums = scratch.total.data() + (first + r) * W;
         Floats total = load<Floats>(sums) * keep[r];
         const auto weigh = [&](int p) {

@@ -44,7 +44,7 @@ template <int TILES, typename T>
 INLINE void multiply_keys_tiles(
     Scratch<T>& scratch, const Pass<T>& pass, int first, int at, int num_panels) {
     typedef Tiles<T> P;
-    constexpr int AT_ONCE = TILES == 2 ? 2 : 4, ROW = KEYS * sizeof(float);
+    constexpr int AT_ONCE = TILES == 2 ? 2 : 4, ROW = KEYS<T> * sizeof(float);
     const int head_dim = pass.head_dim, row_bytes = head_dim * sizeof(typename P::Value);
     const auto* queries =
         reinterpret_cast<const typename P::Value*>(scratch.copied.data()) + int64_t(first) * head_dim;
@@ -71,8 +71,8 @@ INLINE void multiply_keys_tiles(
             }
             scratch.ahead.fetch(FETCHED_LINES);
         }
-        float* scores = scratch.scores.data() + at * KEYS + n * W;
-        float* others = TILES == 2 ? scores + TILE_ROWS * KEYS : scores + 2 * W;
+        float* scores = scratch.scores.data() + at * KEYS<T> + n * W;
+        float* others = TILES == 2 ? scores + TILE_ROWS * KEYS<T> : scores + 2 * W;
         store_tile<0>(scores, ROW);
         store_tile<1>(scores + W, ROW);
         store_tile<2>(others, ROW);
@@ -85,11 +85,11 @@ template <int TILES, typename T>
 INLINE void multiply_values_tiles(
     Scratch<T>& scratch, const Pass<T>& pass, int at, int count) {
     typedef Tiles<T> P;
-    constexpr int AT_ONCE = TILES == 2 ? 2 : 4, ROW = KEYS * sizeof(typename P::Value);
+    constexpr int AT_ONCE = TILES == 2 ? 2 : 4, ROW = KEYS<T> * sizeof(typename P::Value);
     constexpr int GROUP = 4 / sizeof(typename P::Value);
     const int head_dim = pass.head_dim, out_bytes = head_dim * sizeof(float);
     const int value_bytes = head_dim * 4;  // a group of tokens'
-    const auto* all = reinterpret_cast<const typename P::Value*>(scratch.weights.data()) + at * KEYS;
+    const auto* all = reinterpret_cast<const typename P::Value*>(scratch.weights.data()) + at * KEYS<T>;
     for (int d = 0; d < head_dim; d += AT_ONCE * W) {
         const bool whole = d + AT_ONCE * W <= head_dim;  // with four at once there may be two left
         clear_tile<0>(), clear_tile<1>(), clear_tile<2>(), clear_tile<3>();
@@ -102,7 +102,7 @@ INLINE void multiply_values_tiles(
             P::template multiply<0, 4, 6>();
             P::template multiply<1, 4, 7>();
             if constexpr (TILES == 2) {
-                load_tile<5>(weights + TILE_ROWS * KEYS, ROW);
+                load_tile<5>(weights + TILE_ROWS * KEYS<T>, ROW);
                 P::template multiply<2, 5, 6>();
                 P::template multiply<3, 5, 7>();
             } else if (whole) {
@@ -146,7 +146,7 @@ struct InTiles {
         if constexpr (T::ROUNDED)
             scratch.query_scales[row] = split_row<T>(query, head_dim, reinterpret_cast<int8_t*>(to));
         else
-            std::memcpy(to, query, sizeof(*query) * head_dim);
+            for (int d = 0; d < head_dim; d += W) store(to + d, load<Halves>(query + d));
     }
 
     static void open(Scratch<T>& scratch, const Pass<T>& pass) {

@@ -12,7 +12,7 @@ constexpr int ROWS = 6, COLUMNS = 2;
 constexpr int ROWS = 4, COLUMNS = 2;
 #endif
 
-static_assert(KEYS % (W * COLUMNS) == 0, "whole tiles of keys");
+static_assert(KEYS<Rounded<Bfloat16>> % (W * COLUMNS) == 0, "whole tiles of keys");
 static_assert(ROWS <= MOST_ROWS && ROWS <= W, "one number a row fits a vector");
 
 // scores[r][.] of N panels of W keys, for R rows of queries.
@@ -32,7 +32,7 @@ INLINE void multiply_keys(
             [&](int r) { return queries[r] + d; });
     }
     for (int r = 0; r < R; r++)
-        for (int n = 0; n < N; n++) store(scores + r * KEYS + n * W, sums[r][n]);
+        for (int n = 0; n < N; n++) store(scores + r * KEYS<T> + n * W, sums[r][n]);
 }
 
 // out[r][first : first + N * W] = keep[r] * itself + weights[r] . values, over `count` keys.
@@ -51,14 +51,14 @@ INLINE void multiply_values(
         for (int k = 0; k < whole; k += T::GROUP, values += head_dim * T::GROUP)
             add_products<Product<T>>(
                 sums, [&](int n) { return load<Words>(values + n * W * T::GROUP); },
-                [&](int r) { return weights + r * KEYS + begin + k; });
+                [&](int r) { return weights + r * KEYS<T> + begin + k; });
         if (whole == here) continue;
         add_products<Product<T>>(  // the rest of the last group may be anything, even NaN
             sums,
             [&](int n) {
                 return T::first_of_group(load<Words>(values + n * W * T::GROUP), here - whole);
             },
-            [&](int r) { return weights + r * KEYS + begin + whole; });
+            [&](int r) { return weights + r * KEYS<T> + begin + whole; });
     }
     for (int r = 0; r < R; r++)
         for (int n = 0; n < N; n++) store(out + r * head_dim + n * W, sums[r][n]);
