@@ -15,6 +15,7 @@
 #include "attention.h"
 
 #include <atomic>
+#include <memory>
 
 #include "attention_tiles.h"
 #include "attention_vectors.h"
@@ -178,6 +179,18 @@ void attend_tile(
     }
 }
 
+// The calling thread's memory, as its last call left it but for `ahead`: given back, the system would
+// clear its pages for every call. (Here, since what is static in a header's template is one for all
+// libraries of a process, and each kind of processor's has its own idea of it.)
+template <typename T>
+Scratch<T>& scratch_of_thread(int rows, int head_dim) {
+    static thread_local std::unique_ptr<Scratch<T>> kept;
+    if (kept == nullptr || kept->most_rows < rows || kept->head_dim != head_dim)
+        kept = std::make_unique<Scratch<T>>(rows, head_dim);
+    kept->ahead.clear();
+    return *kept;
+}
+
 template <typename T, typename Way>
 void run(const Step& s, const Layer& layer) {
     const int64_t units = s.num_tiles * s.num_kv_heads;
@@ -185,7 +198,7 @@ void run(const Step& s, const Layer& layer) {
 #pragma omp parallel
     {
         Scratch<T>& scratch =
-            Scratch<T>::of_thread(s.tile_size * (s.num_heads / s.num_kv_heads), s.head_dim);
+            scratch_of_thread<T>(s.tile_size * (s.num_heads / s.num_kv_heads), s.head_dim);
 #pragma omp for schedule(static)
         for (int64_t token = 0; token < s.num_tokens; token++) {
             if (token + 1 < s.num_tokens) fetch_slot<T>(s, layer, token + 1);

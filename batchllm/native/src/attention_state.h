@@ -61,17 +61,6 @@ struct Scratch {
 #endif
     std::vector<const Row<T>*> queries;  // of each row, where they are or copied to
 
-    // The calling thread's, as its last call left it but for `ahead`; were it given back, the system
-    // would clear its pages for every call.
-    static Scratch& of_thread(int rows, int head_dim) {
-        static thread_local std::unique_ptr<Scratch> kept;
-        if (kept == nullptr || kept->most_rows < rows || kept->head_dim != head_dim)
-            kept.reset(new Scratch(rows, head_dim));
-        kept->ahead.clear();
-        return *kept;
-    }
-
-  private:
     Scratch(int rows, int head_dim)
         : most_rows(rows),
           head_dim(head_dim),
