@@ -208,9 +208,7 @@ class NativePlan:
             self._tiles = self._cut(num_heads, head_dim, keys, qkv.dtype)
         return qkv.new_empty(num_tokens, num_heads * head_dim)
 
-    def _cut(
-        self, num_heads: int, head_dim: int, keys: torch.Tensor, dtype: torch.dtype
-    ) -> Tiles:
+    def _cut(self, num_heads: int, head_dim: int, keys: torch.Tensor, dtype: torch.dtype) -> Tiles:
         items, num_tokens = self._input.items, len(self._input.token_ids)
         num_blocks, _, num_kv_heads, _ = keys.shape
         even = num_tokens * num_kv_heads // (_UNITS_A_THREAD * torch.get_num_threads())

@@ -1,11 +1,11 @@
 """The fast backends against the reference, on batches that a real scheduler made."""
 
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
 import torch
-from attention_checks import TREES, check, deep_tree, long_rows, poisoned_rows
+from attention_checks import TREES, check, deep_tree, long_rows, poisoned_rows, tolerance_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +16,7 @@ from batchllm.errors import UsageError
 from batchllm.native.kernels import load_kernels, usable_targets
 from batchllm.runner.model_input import AttentionItems
 
+KV_DTYPES = [None, torch.int8]
 NATIVE = [target for target in usable_targets() if load_kernels(target)]
 
 
@@ -33,9 +34,12 @@ def test_torch_backend_equals_reference_on_random_trees(rows, budget, shape):
     st.integers(1, 50),
     st.sampled_from([16, 32]),
     st.sampled_from([(1, 1, 16), (2, 3, 64), (3, 2, 80), (1, 8, 128), (5, 1, 48)]),
+    st.sampled_from(KV_DTYPES),
 )
-@settings(max_examples=40)
-def test_native_backend_equals_reference_on_random_trees(target, rows, budget, block_size, shape):
+@settings(max_examples=60)
+def test_native_backend_equals_reference_on_random_trees(
+    target, rows, budget, block_size, shape, kv_dtype
+):
     kv_heads, group, head_dim = shape
     done = check(
         rows,
@@ -45,6 +49,8 @@ def test_native_backend_equals_reference_on_random_trees(target, rows, budget, b
         kv_heads=kv_heads,
         group=group,
         head_dim=head_dim,
+        tolerance=tolerance_of(torch.float32, kv_dtype),
+        kv_dtype=kv_dtype,
     )
     assert done.steps > 0
 
@@ -55,9 +61,12 @@ def test_long_shared_prefixes_are_read_once_for_all():
 
 @pytest.mark.parametrize("rows", [deep_tree(), long_rows()], ids=["deep", "long"])
 @pytest.mark.parametrize("block_size", [16, 512])
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("target", NATIVE)
-def test_native_backend_equals_reference_on_long_contexts(target, dtype, block_size, rows):
+def test_native_backend_equals_reference_on_long_contexts(
+    target, dtype, kv_dtype, block_size, rows
+):
     done = check(
         rows,
         NativeBackend(block_size, 64, load_kernels(target)),
@@ -65,7 +74,8 @@ def test_native_backend_equals_reference_on_long_contexts(target, dtype, block_s
         budget=200,
         head_dim=64,
         dtype=dtype,
-        tolerance=5e-5 if dtype == torch.float32 else 3e-2,
+        tolerance=tolerance_of(dtype, kv_dtype),
+        kv_dtype=kv_dtype,
     )
     assert done.steps > 5
 
@@ -76,8 +86,8 @@ def test_bfloat16_stays_within_its_rounding():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("backend", ["torch", *NATIVE])
-def test_nans_stay_with_the_rows_that_see_them(backend, dtype):
+@pytest.mark.parametrize("backend, kv_dtype", [("torch", None), *product(NATIVE, KV_DTYPES)])
+def test_nans_stay_with_the_rows_that_see_them(backend, kv_dtype, dtype):
     if backend != "torch":
         backend = NativeBackend(16, 64, load_kernels(backend))
     done = check(
@@ -87,7 +97,8 @@ def test_nans_stay_with_the_rows_that_see_them(backend, dtype):
         budget=64,
         head_dim=64,
         dtype=dtype,
-        tolerance=5e-5 if dtype == torch.float32 else 3e-2,
+        tolerance=tolerance_of(dtype, kv_dtype),
+        kv_dtype=kv_dtype,
     )
     assert done.poisoned > 20
 

@@ -101,7 +101,7 @@ def test_two_passes_at_once_do_not_meet():
     assert all(map(torch.equal, alone, together))
 
 
-def run_step(model, make_backend, one_call):
+def run_step(model, make_backend, one_call, kv_dtype=None):
     """A step of two rows under a prefix, all in one step; what was computed, and the cache."""
     ranges = [(0, 20, 20, True, 0), (20, 23, 3, True, 20), (23, 28, 5, True, 20)]
     step = step_of(items_of([*ranges, (20, 28, 20, False, 0)], 16), 16)
@@ -113,7 +113,7 @@ def run_step(model, make_backend, one_call):
         block_size=16,
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
-        dtype=model.dtype,
+        dtype=kv_dtype or model.dtype,
     )
     plan = make_backend(16, config.head_dim).plan(
         step, model.rotary(torch.from_numpy(step.positions))
@@ -128,10 +128,12 @@ def run_step(model, make_backend, one_call):
 
 
 @pytest.mark.parametrize("num_layers", [1, 2, 4])
-@pytest.mark.parametrize("quantization", [None, "int8"])
+@pytest.mark.parametrize(
+    "quantization, kv_dtype", [(None, None), ("int8", None), ("int8", torch.int8)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("target", TARGETS)
-def test_all_layers_in_one_call_equal_one_by_one(target, dtype, quantization, num_layers):
+def test_all_layers_in_one_call_equal_one_by_one(target, dtype, quantization, kv_dtype, num_layers):
     kernels, calls = load_kernels(target), []
 
     def backend(block_size, head_dim):
@@ -150,7 +152,7 @@ def test_all_layers_in_one_call_equal_one_by_one(target, dtype, quantization, nu
     with torch.inference_mode():
         config = tiny_config(num_hidden_layers=num_layers)
         model = make(NativeOperations, config, target, dtype, quantization)
-        together, apart = (run_step(model, backend, one_call) for one_call in (True, False))
+        together, apart = (run_step(model, backend, way, kv_dtype) for way in (True, False))
     of_torch = target == "portable" and quantization is None  # products, which kernels cannot call
     assert calls == ([] if of_torch or num_layers == 1 else [num_layers - 1])
     assert together[0].isfinite().all() and together[0].std() > 0.01

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from builders import tiny_config, write_safetensors_model
 
 import batchllm.runner.torch_runner as torch_runner
 from batchllm import LLM, SamplingParams
@@ -18,6 +19,14 @@ SETTINGS = [
     {"policy": "ratio", "max_num_batched_tokens": 100},
     {"policy": "streaming"},
 ]
+
+
+@pytest.fixture(scope="module")
+def models(tiny_model, tmp_path_factory):
+    """By the size of their heads."""
+    config = tiny_config(max_position_embeddings=512, head_dim=64)
+    wide = write_safetensors_model(tmp_path_factory.mktemp("models") / "wide", config=config)
+    return {16: tiny_model, 64: wide}
 
 
 @pytest.fixture
@@ -49,7 +58,7 @@ def logits_of(monkeypatch):
             return sample(logits, samples, *rest)
 
         monkeypatch.setattr(torch_runner, "sample_tokens", look)
-        llm = LLM(model, **{"kv_memory": 8 << 20, **options})
+        llm = LLM(model, **{"kv_memory": 16 << 20, **options})
         outputs = llm.generate(prompts, params)
         return [o.output_token_ids.tolist() for o in outputs], seen, llm
 
@@ -57,14 +66,23 @@ def logits_of(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "quantization", "temperature"),
-    [("bfloat16", None, 0.0), ("float32", None, 0.7), ("bfloat16", "int8", 0.7)],
+    ("head_dim", "dtype", "quantization", "kv_cache_dtype", "temperature"),
+    [
+        (16, "bfloat16", None, "auto", 0.0),
+        (16, "float32", None, "auto", 0.7),
+        (16, "bfloat16", "int8", "auto", 0.7),
+        (16, "float32", "int8", "int8", 0.0),
+        (64, "bfloat16", None, "auto", 0.0),  # whole matrix tiles, where there are any
+        (64, "bfloat16", None, "int8", 0.7),
+    ],
 )
 def test_logits_are_the_same_to_the_last_bit(
-    tiny_model, prompts, logits_of, dtype, quantization, temperature
+    models, prompts, logits_of, head_dim, dtype, quantization, kv_cache_dtype, temperature
 ):
     params = SamplingParams(max_tokens=12, temperature=temperature, top_p=0.9, ignore_eos=True)
-    options = {"dtype": dtype, "quantization": quantization, "deterministic": True}
+    options = {"dtype": dtype, "quantization": quantization, "kv_cache_dtype": kv_cache_dtype}
+    options["deterministic"] = True
+    tiny_model = models[head_dim]
     answers, expected, llm = logits_of(tiny_model, prompts, params, **options)
     assert llm.metrics.saved_share > 0.1
     for setting in SETTINGS[1:]:
@@ -79,7 +97,7 @@ def test_logits_are_the_same_to_the_last_bit(
     outputs = small.generate(
         prompts, SamplingParams(max_tokens=12, temperature=temperature, top_p=0.9)
     )
-    plain = LLM(tiny_model, **options, kv_memory=8 << 20).generate(
+    plain = LLM(tiny_model, **options, kv_memory=16 << 20).generate(
         prompts, SamplingParams(max_tokens=12, temperature=temperature, top_p=0.9)
     )
     assert [o.text for o in outputs] == [o.text for o in plain]

@@ -4,11 +4,13 @@ import pytest
 import torch
 
 from batchllm import LLM, SamplingParams
+from batchllm.attention.backend import why_not_native
 from batchllm.attention.rounded import round_rows
 from batchllm.errors import UsageError
 from batchllm.models.float8_linear import pack_float8, pack_scaled_mm, round_to_float8
 from batchllm.models.linear import pack_torch
 
+KV_INT8 = {"kv_cache_dtype": "int8"}
 PARAMS = SamplingParams(max_tokens=8)
 PROMPTS = [f"shared words and {i} more" for i in range(6)]
 
@@ -52,7 +54,7 @@ def test_kv_is_rounded_as_its_type_says(kv_dtype, bound):
     assert 0 < error.max() < bound
 
 
-@pytest.mark.parametrize("option", [{"quantization": "fp8"}, {"kv_cache_dtype": "fp8"}])
+@pytest.mark.parametrize("option", [{"quantization": "fp8"}, {"kv_cache_dtype": "fp8"}, KV_INT8])
 def test_eight_bits_answer_and_change_logits_a_little(tiny_model, option):
     llm = LLM(tiny_model, kv_memory=16 << 20, **option)
     outputs = llm.generate(PROMPTS, PARAMS)
@@ -61,8 +63,22 @@ def test_eight_bits_answer_and_change_logits_a_little(tiny_model, option):
     assert [o.text for o in again] == [o.text for o in outputs]
 
 
-def test_int8_kv_is_named_in_what_is_loaded(tiny_model):
-    assert "KV as int8" in LLM(tiny_model, kv_cache_dtype="int8").describe()
+def test_int8_kv_is_named_and_holds_more_tokens_where_kernels_keep_it(tiny_model):
+    def loaded(**options):
+        return LLM(tiny_model, dtype="float32", kv_memory=1 << 20, **options)
+
+    plain, rounded = loaded(), loaded(kv_cache_dtype="int8", attention_backend="torch")
+    assert "KV" not in plain.attention and rounded.attention == "torch, KV rounded to int8"
+    assert rounded.num_kv_tokens == plain.num_kv_tokens
+    if why_not_native(16, 16) is not None:
+        pytest.skip("no kernels were compiled")
+    kept = loaded(kv_cache_dtype="int8")
+    assert "), KV in int8" in kept.describe()
+    assert kept.kv_memory <= 1 << 20
+    row = 16 * 4 / (16 + 4)  # four bytes a number to one, and a scale
+    assert kept.num_kv_tokens == pytest.approx(row * plain.num_kv_tokens, rel=0.05)
+    answers = kept.generate(PROMPTS, PARAMS)
+    assert [o.text for o in answers] == [o.text for o in rounded.generate(PROMPTS, PARAMS)]
 
 
 @pytest.mark.parametrize("option", [{"kv_cache_dtype": "fp4"}, {"quantization": "fp4"}])

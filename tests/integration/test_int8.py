@@ -60,7 +60,7 @@ def test_smoothing_keeps_the_logits_and_evens_the_activations(tied, kind):
         return [float(p.max() / p.median()) for p in (x.input_peaks for x in model._linears())]
 
     before, uneven = logits(), unevenness()
-    smooth(model, make_backend("reference", 16, config.head_dim), tokens.numpy(), 16)
+    smooth(model, make_backend("reference", 16, config.head_dim), tokens.numpy(), 16, torch.float32)
     torch.testing.assert_close(logits(), before, atol=1e-4, rtol=1e-4)
     evened = unevenness()
     qkv = [1, 5]  # of two layers, the head before them

@@ -65,7 +65,7 @@ def logits(checkpoint, shard, quantization=None):
     backend = make_backend("reference", 16, model.config.head_dim)
     with torch.inference_mode():
         if quantization:
-            smooth(model, backend, TOKENS[::-1].copy(), 16)
+            smooth(model, backend, TOKENS[::-1].copy(), 16, torch.float32)
         model.pack(quantization)
         cache = KVCache(
             num_layers=model.config.num_layers,

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from attention_checks import TREES, check, deep_tree, poisoned_rows
+from attention_checks import TREES, check, deep_tree, poisoned_rows, tolerance_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -21,6 +21,7 @@ from batchllm.native.kernels import NativeKernels, load_kernels, usable_targets
 SOURCES = Path(__file__).parents[2] / "batchllm" / "native" / "src"
 # Rows around whole and half tiles and strips; inputs of whole tiles in bfloat16 and mostly in int8;
 # outputs around panels.
+KV_DTYPES = st.sampled_from([None, torch.int8])
 SHAPES = st.tuples(st.integers(1, 70), st.integers(1, 5).map(lambda n: 32 * n), st.integers(1, 130))
 
 
@@ -139,10 +140,15 @@ def test_a_row_is_the_same_whatever_rows_are_beside_it(kernels, inputs):
     TREES,
     st.integers(1, 50),
     st.sampled_from([16, 32, 512]),
-    st.sampled_from([(1, 1, 32), (2, 3, 64), (1, 8, 96), (3, 17, 32), (2, 3, 48)]),
+    st.sampled_from(
+        [(1, 1, 32), (2, 3, 64), (1, 8, 96), (3, 17, 32), (2, 3, 48), (1, 9, 128), (1, 1, 320)]
+    ),
+    KV_DTYPES,
 )
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_attention_equals_reference_on_random_trees(kernels, rows, budget, block_size, shape):
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_attention_equals_reference_on_random_trees(
+    kernels, rows, budget, block_size, shape, kv_dtype
+):
     kv_heads, group, head_dim = shape
     done = check(
         rows,
@@ -153,14 +159,18 @@ def test_attention_equals_reference_on_random_trees(kernels, rows, budget, block
         group=group,
         head_dim=head_dim,
         dtype=torch.bfloat16,
-        tolerance=3e-2,
+        tolerance=tolerance_of(torch.bfloat16, kv_dtype),
+        kv_dtype=kv_dtype,
     )
     assert done.steps > 0
 
 
 @pytest.mark.parametrize("block_size", [16, 64])
+@pytest.mark.parametrize("kv_dtype", [None, torch.int8])
 @pytest.mark.parametrize("rows", [deep_tree(), poisoned_rows()], ids=["deep", "poisoned"])
-def test_attention_equals_reference_on_long_and_on_poisoned_rows(kernels, block_size, rows):
+def test_attention_equals_reference_on_long_and_on_poisoned_rows(
+    kernels, block_size, rows, kv_dtype
+):
     done = check(
         rows,
         NativeBackend(block_size, 64, kernels),
@@ -168,12 +178,14 @@ def test_attention_equals_reference_on_long_and_on_poisoned_rows(kernels, block_
         budget=100,
         head_dim=64,
         dtype=torch.bfloat16,
-        tolerance=3e-2,
+        tolerance=tolerance_of(torch.bfloat16, kv_dtype),
+        kv_dtype=kv_dtype,
     )
     assert done.steps > 5
 
 
-def test_blocks_that_are_no_neighbours_in_memory(kernels, monkeypatch):
+@pytest.mark.parametrize("kv_dtype", [None, torch.int8])
+def test_blocks_that_are_no_neighbours_in_memory(kernels, monkeypatch, kv_dtype):
     def scattered(num_blocks):
         return np.random.default_rng(0).permutation(num_blocks).astype(np.int32)
 
@@ -185,6 +197,7 @@ def test_blocks_that_are_no_neighbours_in_memory(kernels, monkeypatch):
         budget=100,
         head_dim=64,
         dtype=torch.bfloat16,
-        tolerance=3e-2,
+        tolerance=tolerance_of(torch.bfloat16, kv_dtype),
+        kv_dtype=kv_dtype,
     )
     assert done.steps > 5
