@@ -28,6 +28,7 @@ WAYS: dict[str, dict[str, str]] = {
     "fp8": {"quantization": "fp8"},
     "KV fp8": {"kv_cache_dtype": "fp8"},
     "KV int8": {"kv_cache_dtype": "int8"},
+    "int8 and KV int8": {"quantization": "int8", "kv_cache_dtype": "int8"},
 }
 
 

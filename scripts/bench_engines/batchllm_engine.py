@@ -29,6 +29,7 @@ def main() -> None:
     )
     parser.add_argument("--model-shape", help="random weights of this shape instead of --model")
     parser.add_argument("--quantization", help="int8, or else the weights as they are")
+    parser.add_argument("--kv-cache-dtype", default="auto", help="as batchllm run takes it")
     parser.add_argument("--kv-memory", type=parse_size, default=KV_CACHE_BYTES, help="like 4GiB")
     arguments = parser.parse_args()
     if (arguments.model is None) == (arguments.model_shape is None):
@@ -39,6 +40,7 @@ def main() -> None:
         model_shape=arguments.model_shape,
         kv_memory=arguments.kv_memory,
         quantization=arguments.quantization,
+        kv_cache_dtype=arguments.kv_cache_dtype,
     )
     generate(llm, warm_up_rows())
     load_seconds = time.perf_counter() - START
@@ -57,6 +59,7 @@ def main() -> None:
                 "model": llm.checkpoint.path.name,
                 "dtype": llm.dtype,
                 "quantization": arguments.quantization,
+                "kv_cache_dtype": arguments.kv_cache_dtype,
                 "kv_memory": arguments.kv_memory,
             },
             save_tokens=arguments.save_tokens,

@@ -60,6 +60,14 @@ def engines(model: Path, python: Path, batch_sizes: Sequence[int] = ()) -> dict[
     known = [
         Engine("batchllm", ours, python, model),
         Engine("batchllm-int8", ours, python, model, ("--quantization", "int8")),
+        # Keys and values in int8, too.
+        Engine(
+            "batchllm-int8-kv8",
+            ours,
+            python,
+            model,
+            ("--quantization", "int8", "--kv-cache-dtype", "int8"),
+        ),
         Engine("vllm", vllm, vllm_python, BENCH / "model"),
         # Without compiling the model: starts sooner, runs slower.
         Engine("vllm-eager", vllm, vllm_python, BENCH / "model", ("--enforce-eager",)),

@@ -179,9 +179,9 @@ void attend_tile(
     }
 }
 
-// The calling thread's memory, as its last call left it but for `ahead`: given back, the system would
-// clear its pages for every call. (Here, since what is static in a header's template is one for all
-// libraries of a process, and each kind of processor's has its own idea of it.)
+// The calling thread's memory, as its last call left it but for `ahead`; were it given back, the
+// system would clear its pages for every call. It is here since what is static in a header's
+// template is one for all libraries of a process, and each has its own idea of it.
 template <typename T>
 Scratch<T>& scratch_of_thread(int rows, int head_dim) {
     static thread_local std::unique_ptr<Scratch<T>> kept;

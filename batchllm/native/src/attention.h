@@ -9,8 +9,9 @@ extern "C" {
 // queries, `tile_begin[t]` to `tile_begin[t + 1]`, and `tile_items[tile_offsets[t] :
 // tile_offsets[t + 1]]` are the items that any of them reads.
 // `pass_keys` are attended to at a time, at most 256, a multiple of 64 and a power of two.
-// `num_blocks` are all that the cache has; it is of int8, with scales, if `kv_is_int8`, else of what qkv is of. `tile_order` [num_tiles] names the dearest tiles first;
-// cos and sin are [num_tokens, head_dim / 2].
+// `num_blocks` are all that the cache has, which is of int8 with scales or of what qkv is.
+// `tile_order` [num_tiles] names the dearest tiles first; cos and sin are
+// [num_tokens, head_dim / 2].
 struct Step {
     int64_t num_tokens;
     int64_t num_tiles;

@@ -109,8 +109,8 @@ INLINE void weigh_split(
         scratch.peak[first + r] = peak[r];
         largest_value[r] = largest(most_value);
     }
-    // Weights are multiplied by a power of two that makes the largest of them with its value's scale
-    // a number of 14 bits.
+    // Weights are multiplied by a power of two, so that the largest there may be, with the largest
+    // of the values' scales, is a number of 14 bits.
     const Words exponent = largest_value >> 23;
     const Words power = 127 + 13 - (exponent > 27 ? exponent : Words{} + 27);
     const Floats value_peak = (Floats)largest_value;
@@ -120,7 +120,8 @@ INLINE void weigh_split(
     const Floats raised = peak - __builtin_convertvector(power, Floats);
     for (int r = 0; r < rows; r++) {
         const float* row = products + 2 * r * KEYS<T>;
-        int8_t* weights = reinterpret_cast<int8_t*>(scratch.weights.data()) + 2 * (at + r) * KEYS<T>;
+        int8_t* weights =
+            reinterpret_cast<int8_t*>(scratch.weights.data()) + 2 * (at + r) * KEYS<T>;
         float* sums = scratch.total.data() + (first + r) * W;
         Floats total{};
         for (int p = 0; p < num_panels; p += 4) {

@@ -17,8 +17,8 @@ using Product = std::conditional_t<T::GROUP == 2, Bfloat16Product, Float32Produc
 template <typename T>
 using Row = typename Product<T>::Value;
 
-// Most keys a pass. The first-level cache has scores, weights, keys and values of it; what is int8 in
-// the cache is two rows in tiles, or is widened.
+// Most keys a pass, whose scores, weights, keys and values stay in the first-level cache. Of a
+// cache in int8 a row's are two rows in tiles, and keys and values are widened in vectors.
 template <typename T>
 constexpr int KEYS = T::ROUNDED ? 128 : 256;
 #if defined(BATCHLLM_TILES)
@@ -50,8 +50,9 @@ struct Scratch {
     Lines<Row<T>> weights, copied;
     Lines<float> wide;  // a head's numbers on their way into a cache of int8, and rounded
     Lines<int8_t> narrow;
-    Lines<typename T::Value> keys, values;                         // of one pass, widened
-    const typename T::Value *key_parts[KEYS<T> / W], *value_parts[KEYS<T> / W];  // there or in the cache
+    Lines<typename T::Value> keys, values;            // of one pass, widened
+    const typename T::Value* key_parts[KEYS<T> / W];  // its parts, there or in the cache
+    const typename T::Value* value_parts[KEYS<T> / W];
 #if defined(BATCHLLM_TILES)
     Lines<float> sums;                         // of one pass
     Lines<float> kept, units;                  // what rows' earlier sums, and these, are worth

@@ -4,8 +4,8 @@
 // weights are one for each 16 values. Where these lie in blocks that are no neighbours, or are not
 // all there, they are copied together, zeros behind the last.
 //
-// A cache in int8 is multiplied as it is: a query, and what values are weighed by, are whole numbers
-// of two bytes, and each byte has a row in the tiles (attention_split.h).
+// A cache in int8 is multiplied as it is: a query, and what values are weighed by, are whole
+// numbers of two bytes, and each byte has a row in the tiles (attention_split.h).
 #pragma once
 
 #include "attention_split.h"
@@ -46,8 +46,8 @@ INLINE void multiply_keys_tiles(
     typedef Tiles<T> P;
     constexpr int AT_ONCE = TILES == 2 ? 2 : 4, ROW = KEYS<T> * sizeof(float);
     const int head_dim = pass.head_dim, row_bytes = head_dim * sizeof(typename P::Value);
-    const auto* queries =
-        reinterpret_cast<const typename P::Value*>(scratch.copied.data()) + int64_t(first) * head_dim;
+    const auto* queries = reinterpret_cast<const typename P::Value*>(scratch.copied.data()) +
+                          int64_t(first) * head_dim;
     for (int n = 0; n < num_panels; n += AT_ONCE) {
         const typename T::Kept* panels[AT_ONCE];
         for (int i = 0; i < AT_ONCE; i++)
@@ -89,7 +89,8 @@ INLINE void multiply_values_tiles(
     constexpr int GROUP = 4 / sizeof(typename P::Value);
     const int head_dim = pass.head_dim, out_bytes = head_dim * sizeof(float);
     const int value_bytes = head_dim * 4;  // a group of tokens'
-    const auto* all = reinterpret_cast<const typename P::Value*>(scratch.weights.data()) + at * KEYS<T>;
+    const auto* all =
+        reinterpret_cast<const typename P::Value*>(scratch.weights.data()) + at * KEYS<T>;
     for (int d = 0; d < head_dim; d += AT_ONCE * W) {
         const bool whole = d + AT_ONCE * W <= head_dim;  // with four at once there may be two left
         clear_tile<0>(), clear_tile<1>(), clear_tile<2>(), clear_tile<3>();
@@ -144,7 +145,8 @@ struct InTiles {
         Scratch<T>& scratch, int row, const typename T::Value* query, int head_dim) {
         Row<T>* to = scratch.copied.data() + int64_t(row) * head_dim;
         if constexpr (T::ROUNDED)
-            scratch.query_scales[row] = split_row<T>(query, head_dim, reinterpret_cast<int8_t*>(to));
+            scratch.query_scales[row] =
+                split_row<T>(query, head_dim, reinterpret_cast<int8_t*>(to));
         else
             for (int d = 0; d < head_dim; d += W) store(to + d, load<Halves>(query + d));
     }

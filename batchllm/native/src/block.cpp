@@ -1,5 +1,6 @@
-// Seven operations in one call, and all layers' in one. Each of them reads and writes so much that the caller's code is no
-// longer in any cache after it, and would take several times as long as it takes by itself.
+// Seven operations in one call, and all layers' in one. Each of them reads and writes so much that
+// the caller's code is no longer in any cache after it, and would take several times as long as it
+// takes by itself.
 #include "block.h"
 
 #include "elementwise.h"
