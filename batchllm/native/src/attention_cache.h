@@ -139,10 +139,8 @@ INLINE void write_value(const Layout<T>& layout, const typename T::Kept* value, 
 // anywhere: the scale is none.
 INLINE float round_to_bytes(const float* row, int size, int8_t* rounded) {
     Words most{};
-    for (int i = 0; i < size; i += W) {  // the bits of floats that are not negative order, too
-        const Words bits = load<Words>(row + i) & 0x7fffffff;
-        most = bits > most ? bits : most;
-    }
+    for (int i = 0; i < size; i += W)  // the bits of floats that are not negative order as they do
+        most = largest(load<Words>(row + i) & 0x7fffffff, most);
     const float peak = float_of_bits(largest(most));
     const Floats inverse = broadcast(peak > 0.0f ? 127.0f / peak : 0.0f);
     const Floats round = broadcast(12582912.0f);  // 1.5 * 2^23: the low byte is the sum

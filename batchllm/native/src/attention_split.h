@@ -59,8 +59,7 @@ INLINE float split_row(const typename T::Value* query, int head_dim, int8_t* to)
     Words most{};
     for (int i = 0; i * W < head_dim; i++) {
         row[i] = T::widen(query + i * W);
-        const Words bits = (Words)row[i] & 0x7fffffff;  // these order as the floats do
-        most = bits > most ? bits : most;
+        most = largest((Words)row[i] & 0x7fffffff, most);
     }
     const float peak = float_of_bits(largest(most));
     const float inverse = peak > 0.0f ? MOST / peak : 0.0f;
@@ -71,6 +70,18 @@ INLINE float split_row(const typename T::Value* query, int head_dim, int8_t* to)
         put_split(words, to + i * W, to + head_dim + i * W);
     }
     return peak / MOST + (peak - peak);
+}
+
+// The bits of the largest scale of the values that are seen; they order as the floats do.
+template <typename T>
+INLINE int32_t largest_scale(const Pass<T>& pass, int seen) {
+    Words lane, most{};
+    for (int i = 0; i < W; i++) lane[i] = i;
+    for (int p = 0; p * W < seen; p++) {
+        const Words scales = load<Words>(pass.value_scales[p]);
+        most = lane + p * W < seen ? largest(scales, most) : most;
+    }
+    return largest(most);
 }
 
 // As `weigh_rows`; a row of scores is two of products, and one of weights is two of their bytes.
@@ -87,27 +98,23 @@ INLINE void weigh_split(
     Words largest_value{};
     for (int r = 0; r < rows; r++) {
         float* row = products + 2 * r * KEYS<T>;
-        Floats most = broadcast(-INFINITY);
-        Words most_value{};
-        for (int p = 0; p * W < seen[r]; p++) {
+        const int whole = seen[r] / W;
+        const auto join = [&](int p) {
             const Floats score = joined(row + p * W, row + KEYS<T> + p * W) *
                                  load<Floats>(pass.key_scales[p]);
-            const Words value = load<Words>(pass.value_scales[p]);
             store(row + p * W, score);
-            if ((p + 1) * W <= seen[r]) {
-                most = largest(most, score);
-                most_value = value > most_value ? value : most_value;
-            } else {
-                const Words sees = lane + p * W < seen[r];
-                most = sees ? largest(most, score) : most;
-                most_value = sees ? (value > most_value ? value : most_value) : most_value;
-            }
-        }
+            return score;
+        };
+        Floats most = broadcast(-INFINITY);
+        for (int p = 0; p < whole; p++) most = largest(most, join(p));
+        if (whole * W < seen[r])
+            most = lane + whole * W < seen[r] ? largest(most, join(whole)) : most;
         scale[r] = scratch.query_scales[first + r] * pass.scale;
         old[r] = scratch.peak[first + r];
         peak[r] = std::max(old[r], largest(most) * scale[r]);
         scratch.peak[first + r] = peak[r];
-        largest_value[r] = largest(most_value);
+        largest_value[r] = r > 0 && seen[r] == seen[r - 1] ? largest_value[r - 1]
+                                                           : largest_scale(pass, seen[r]);
     }
     // Weights are multiplied by a power of two, so that the largest there may be, with the largest
     // of the values' scales, is a number of 14 bits.

@@ -61,6 +61,7 @@ class Lines {
 INLINE Floats broadcast(float x) { return Floats{} + x; }
 
 INLINE Floats largest(Floats a, Floats b) { return a > b ? a : b; }
+INLINE Words largest(Words a, Words b) { return a > b ? a : b; }
 
 INLINE float largest(Floats v) {
 #if defined(__AVX512F__)
