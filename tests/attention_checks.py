@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from attention_trees import step_of
+from attention_trees import items_of, step_of
 from hypothesis import strategies as st
 
 from batchllm.attention.backend import make_backend
@@ -22,6 +22,7 @@ from batchllm.scheduler.scheduler import Scheduler
 
 NUM_BLOCKS = 400
 POISON = 99
+NAN_BITS = 0x7FC03F7F  # of a float32, and of two float8 that are not finite or small
 
 TREES = st.lists(
     st.tuples(st.lists(st.integers(0, 1), min_size=1, max_size=30), st.integers(1, 6)),
@@ -41,13 +42,14 @@ class AttentionCheck:
     """A runner with one layer of noise that holds a backend against the reference every step.
 
     Each has a cache of its own, since each lays it out as it likes. Blocks hold NaNs until a step
-    writes to them, as after a sequence that went astray; tokens `POISON` themselves are NaNs, and
-    then what is sampled is one exactly where it sees such a token.
+    writes to them, as after a sequence that went astray; the tokens `POISON` are NaNs, or their
+    values are, and then what is sampled is one exactly where it sees such a token.
     """
 
     def __init__(
         self, backend, *, block_size, kv_heads, group, head_dim, dtype, tolerance, device, kv_dtype
     ):
+        self.kv_heads = kv_heads
         self.fake = FakeRunner(NUM_BLOCKS, block_size)
         self.block_size, self.tolerance, self.dtype = block_size, tolerance, dtype
         self.shape = ((group + 2) * kv_heads, head_dim)
@@ -57,8 +59,8 @@ class AttentionCheck:
         cache = plain.to(device, copy=True)
         if kv_dtype is not None:
             reference, plain = RoundedBackend(reference, kv_dtype), plain.float()
-            cache = torch.full((*shape, kv_row_values(head_dim, kv_dtype)), -1, dtype=torch.int8)
-            cache = cache.to(device).view(kv_dtype)  # NaN
+            words = (*shape, kv_row_values(head_dim, kv_dtype) // 4)
+            cache = torch.full(words, NAN_BITS, dtype=torch.int32).view(kv_dtype).to(device)
         self.backends, self.caches = [reference, backend], [plain, cache]
         self.noise = torch.Generator().manual_seed(0)
         self.steps = self.poisoned = 0
@@ -72,7 +74,8 @@ class AttentionCheck:
         num_tokens = len(step.token_ids)
         qkv = torch.randn(num_tokens, *self.shape, generator=self.noise) * 2
         poison = torch.from_numpy(step.token_ids == POISON)
-        qkv[poison] = torch.nan
+        qkv[poison, -self.kv_heads :] = torch.nan
+        qkv[poison & torch.from_numpy(step.positions % 2 == 0)] = torch.nan
         angles = torch.randn(num_tokens, self.shape[1] // 2, generator=self.noise)
         expected, got = (
             _run(backend, cache, step, qkv.to(self.dtype), angles)
@@ -168,3 +171,22 @@ def poisoned_rows():
     rows = [(p[:i] + [POISON] * (i % 3 == 0) + p[i:], m) for i, (p, m) in enumerate(deep_tree())]
     rows += [([3] * 40 + [POISON] + [3] * 30 + [i], 4) for i in range(8)]
     return rows + [([4, i] * 9 + [POISON] * (i % 2), 3 + i) for i in range(12)]
+
+
+def check_values_of_all_sizes(backend, dtype):
+    """A prompt whose values grow, after some that are zero, in a cache of int8."""
+    num_tokens, head_dim, block_size = 150, 64, 16
+    step = step_of(items_of([(0, num_tokens, num_tokens, True, 0)], block_size), block_size)
+    noise = torch.Generator().manual_seed(0)
+    qkv = torch.randn(num_tokens, 5, head_dim, generator=noise) * 0.2  # all see all, about equally
+    qkv[:, 4] *= 2.0 ** torch.arange(-num_tokens // 2, num_tokens // 2)[:, None]
+    qkv[:20, 4] = 0
+    shape = (2, num_tokens // block_size + 1, block_size, 1)
+    angles = torch.randn(num_tokens, head_dim // 2, generator=noise)
+    reference = RoundedBackend(make_backend("reference", block_size, head_dim), torch.int8)
+    expected = _run(reference, torch.zeros(*shape, head_dim), step, qkv.to(dtype), angles)
+    cache = torch.zeros(*shape, kv_row_values(head_dim, torch.int8), dtype=torch.int8)
+    got = _run(backend, cache, step, qkv.to(dtype), angles)
+    assert not got[:20].any() and expected[20:].abs().amax(1).all()
+    sizes = expected.float().abs().amax(1, keepdim=True).clamp(min=1e-37)
+    torch.testing.assert_close(got / sizes, expected / sizes, atol=2e-2, rtol=0)

@@ -5,7 +5,15 @@ from itertools import pairwise, product
 import numpy as np
 import pytest
 import torch
-from attention_checks import TREES, check, deep_tree, long_rows, poisoned_rows, tolerance_of
+from attention_checks import (
+    TREES,
+    check,
+    check_values_of_all_sizes,
+    deep_tree,
+    long_rows,
+    poisoned_rows,
+    tolerance_of,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -101,6 +109,12 @@ def test_nans_stay_with_the_rows_that_see_them(backend, kv_dtype, dtype):
         kv_dtype=kv_dtype,
     )
     assert done.poisoned > 20
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("target", NATIVE)
+def test_values_of_all_sizes_in_int8(target, dtype):
+    check_values_of_all_sizes(NativeBackend(16, 64, load_kernels(target)), dtype)
 
 
 def test_merge_state_equals_one_softmax():

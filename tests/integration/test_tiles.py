@@ -7,7 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from attention_checks import TREES, check, deep_tree, poisoned_rows, tolerance_of
+from attention_checks import (
+    TREES,
+    check,
+    check_values_of_all_sizes,
+    deep_tree,
+    poisoned_rows,
+    tolerance_of,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -201,3 +208,7 @@ def test_blocks_that_are_no_neighbours_in_memory(kernels, monkeypatch, kv_dtype)
         kv_dtype=kv_dtype,
     )
     assert done.steps > 5
+
+
+def test_values_of_all_sizes_in_int8(kernels):
+    check_values_of_all_sizes(NativeBackend(16, 64, kernels), torch.bfloat16)

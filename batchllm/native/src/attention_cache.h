@@ -135,8 +135,8 @@ INLINE void write_value(const Layout<T>& layout, const typename T::Kept* value, 
     for (; d < layout.head_dim; d++) part[d * GROUP] = value[d];
 }
 
-// Rounds a row to whole numbers of a byte; returns the scale to multiply them by. Not a number
-// anywhere: the scale is none.
+// Rounds a row to whole numbers of a byte; returns the scale to multiply them by, which is no finite
+// number if one of the row's is not, and never negative.
 INLINE float round_to_bytes(const float* row, int size, int8_t* rounded) {
     Words most{};
     for (int i = 0; i < size; i += W)  // the bits of floats that are not negative order as they do
@@ -152,7 +152,7 @@ INLINE float round_to_bytes(const float* row, int size, int8_t* rounded) {
         store(rounded + i, __builtin_convertvector(word, Bytes));
 #endif
     }
-    return std::fabs(peak / 127.0f + (peak - peak));
+    return peak / 127.0f;
 }
 
 // Rotates the queries in place; rotates the keys and writes them and the values to their slot.

@@ -69,7 +69,7 @@ INLINE float split_row(const typename T::Value* query, int head_dim, int8_t* to)
             rounded_words(row[i + 2] * inverse), rounded_words(row[i + 3] * inverse)};
         put_split(words, to + i * W, to + head_dim + i * W);
     }
-    return peak / MOST + (peak - peak);
+    return peak / MOST;
 }
 
 // The bits of the largest scale of the values that are seen; they order as the floats do.
@@ -85,8 +85,8 @@ INLINE int32_t largest_scale(const Pass<T>& pass, int seen) {
 }
 
 // As `weigh_rows`; a row of scores is two of products, and one of weights is two of their bytes.
-// Values' scales are in the weights; what is left to multiply sums by is each row's unit, none if
-// a value's scale that it sees is none.
+// Values' scales are in the weights; what is left to multiply sums by is each row's unit, not a
+// number if a value's scale that it sees is not finite.
 template <typename T>
 INLINE void weigh_split(
     Scratch<T>& scratch, const Pass<T>& pass, int first, int at, int rows, const int* seen,
