@@ -175,18 +175,18 @@ def poisoned_rows():
 
 def check_values_of_all_sizes(backend, dtype):
     """A prompt whose values grow, after some that are zero, in a cache of int8."""
-    num_tokens, head_dim, block_size = 150, 64, 16
+    num_tokens, num_zeros, head_dim, block_size = 300, 140, 64, 16
     step = step_of(items_of([(0, num_tokens, num_tokens, True, 0)], block_size), block_size)
     noise = torch.Generator().manual_seed(0)
     qkv = torch.randn(num_tokens, 5, head_dim, generator=noise) * 0.2  # all see all, about equally
-    qkv[:, 4] *= 2.0 ** torch.arange(-num_tokens // 2, num_tokens // 2)[:, None]
-    qkv[:20, 4] = 0
+    qkv[:, 4] *= 2.0 ** torch.arange(num_tokens).sub(220)[:, None]
+    qkv[:num_zeros, 4] = 0  # more than a pass
     shape = (2, num_tokens // block_size + 1, block_size, 1)
     angles = torch.randn(num_tokens, head_dim // 2, generator=noise)
     reference = RoundedBackend(make_backend("reference", block_size, head_dim), torch.int8)
     expected = _run(reference, torch.zeros(*shape, head_dim), step, qkv.to(dtype), angles)
     cache = torch.zeros(*shape, kv_row_values(head_dim, torch.int8), dtype=torch.int8)
     got = _run(backend, cache, step, qkv.to(dtype), angles)
-    assert not got[:20].any() and expected[20:].abs().amax(1).all()
+    assert not got[:num_zeros].any() and expected[num_zeros:].abs().amax(1).all()
     sizes = expected.float().abs().amax(1, keepdim=True).clamp(min=1e-37)
     torch.testing.assert_close(got / sizes, expected / sizes, atol=2e-2, rtol=0)
