@@ -95,8 +95,8 @@ KVCacheDtype = Annotated[
     str,
     typer.Option(
         "--kv-cache-dtype",
-        help="fp8 or int8: keys and values in eight bits, so that a GPU's memory holds twice as "
-        "many; answers differ. On a CPU they are only rounded, to see by how much. [default: auto]",
+        help="int8 or fp8: keys and values in eight bits, so that memory holds twice as many; "
+        "answers differ. On a CPU, fp8 only rounds them, to see by how much. [default: auto]",
         rich_help_panel=_ENGINE,
         show_default=False,
     ),

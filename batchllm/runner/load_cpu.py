@@ -76,5 +76,5 @@ def load_on_cpu(
         backend.name if kept == dtype else f"{backend.name}, KV in int8",
         slower,
         backend.granularity,
-        kv_bytes_per_token=kv_bytes,
+        kv_bytes_per_token=None if kept == dtype else kv_bytes,
     )

@@ -49,9 +49,12 @@ void look_ahead(const Step& s, const Layer& layer, Scratch<T>& scratch, int64_t 
         for (int64_t token = 0; token < seen_of(s, item, end - 1); token += W) {
             const int64_t block = ids[token / s.block_size], offset = token % s.block_size;
             const int64_t place = layout.part_place(block, offset);
-            scratch.ahead.add(
-                keys + place, values + place, layout.scales(keys, block, offset),
-                layout.scales(values, block, offset));
+            const float *key_scales = nullptr, *value_scales = nullptr;
+            if (T::ROUNDED) {
+                key_scales = layout.scales(keys, block, offset);
+                value_scales = layout.scales(values, block, offset);
+            }
+            scratch.ahead.add(keys + place, values + place, key_scales, value_scales);
         }
     }
 }

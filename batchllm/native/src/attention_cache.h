@@ -37,7 +37,6 @@ struct Layout {
           head_values(
               numbers + (T::ROUNDED ? s.num_blocks * s.block_size * int64_t(sizeof(float)) : 0)) {}
 
-    int part_bytes() const { return int(W * head_dim * sizeof(Kept)); }
     // The part that a block's token `offset` is in.
     int64_t part_place(int64_t block, int64_t offset) const {
         return (block * block_size + offset / W * W) * head_dim;
@@ -100,8 +99,9 @@ INLINE void rotate(
 
 // Writes a key [head_dim] to its part.
 template <typename T>
-INLINE void write_key(const Layout<T>& layout, const typename T::Kept* key, int64_t offset,
-                      typename T::Kept* part) {
+INLINE void write_key(
+    const Layout<T>& layout, const typename T::Kept* key, int64_t offset,
+    typename T::Kept* part) {
     constexpr int GROUP = T::KEPT_GROUP;
     part += layout.key_place(offset);
     for (int d = 0; d < layout.head_dim; d += GROUP, part += W * GROUP)
@@ -110,8 +110,9 @@ INLINE void write_key(const Layout<T>& layout, const typename T::Kept* key, int6
 
 // The same of a value.
 template <typename T>
-INLINE void write_value(const Layout<T>& layout, const typename T::Kept* value, int64_t offset,
-                        typename T::Kept* part) {
+INLINE void write_value(
+    const Layout<T>& layout, const typename T::Kept* value, int64_t offset,
+    typename T::Kept* part) {
     constexpr int GROUP = T::KEPT_GROUP;
     part += layout.value_place(offset);
     int d = 0;

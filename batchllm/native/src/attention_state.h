@@ -35,7 +35,7 @@ struct Pass {
     int count, head_dim;
     int step;  // so many tokens' parts lie one behind the other
     float scale;
-    const typename T::Kept *keys[KEYS<T> / W], *values[KEYS<T> / W];       // W tokens each
+    const typename T::Kept *keys[KEYS<T> / W], *values[KEYS<T> / W];   // W tokens each
     const float *key_scales[KEYS<T> / W], *value_scales[KEYS<T> / W];  // in int8
 
     int num_panels() const { return (count + W - 1) / W; }
@@ -48,16 +48,16 @@ struct Scratch {
     Ahead ahead;
     Lines<float> out, peak, total, scores;
     Lines<Row<T>> weights, copied;
-    Lines<float> wide;  // a head's numbers on their way into a cache of int8, and rounded
-    Lines<int8_t> narrow;
+    Lines<float> wide;     // a head's numbers on their way into a cache of int8
+    Lines<int8_t> narrow;  // rounded
     Lines<typename T::Value> keys, values;            // of one pass, widened
     const typename T::Value* key_parts[KEYS<T> / W];  // its parts, there or in the cache
     const typename T::Value* value_parts[KEYS<T> / W];
 #if defined(BATCHLLM_TILES)
-    Lines<float> sums;                         // of one pass
-    Lines<float> kept, units;                  // what rows' earlier sums, and these, are worth
-    Lines<float> query_scales;                 // of rows for a cache in int8
-    Lines<typename T::Kept> parted;            // values of one pass, copied together
+    Lines<float> sums;                            // of one pass
+    Lines<float> kept, units;                     // what rows' earlier sums, and these, are worth
+    Lines<float> query_scales;                    // of rows for a cache in int8
+    Lines<typename T::Kept> parted;               // values of one pass, copied together
     const typename T::Kept* groups[KEYS<T> / W];  // all of its values, as many as a tile has each
 #endif
     std::vector<const Row<T>*> queries;  // of each row, where they are or copied to

@@ -106,8 +106,7 @@ struct InVectors {
     static void begin_thread() {}
     static void end_thread() {}
     // Makes a query's row ready.
-    static void put_query(
-        Scratch<T>& scratch, int row, const Value* query, int head_dim) {
+    static void put_query(Scratch<T>& scratch, int row, const Value* query, int head_dim) {
         if constexpr (std::is_same_v<Row<T>, Value>) {
             scratch.queries[row] = query;
         } else {
