@@ -27,8 +27,8 @@ class LayerPlan(Protocol):
         Args:
             qkv: [num_tokens, num_heads + 2 * num_kv_heads, head_dim]: queries, keys, values. May be
                 overwritten.
-            keys: the layer's cache, [num_blocks, block_size, num_kv_heads, head_dim]. Where in its
-                block a value lies is the backend's own affair.
+            keys: the layer's cache, [num_blocks, block_size, num_kv_heads, kv_row_values]. Where a
+                value lies is the backend's own affair.
             values: the same.
 
         Returns:
