@@ -59,10 +59,10 @@ class Ahead {
             if (++line == lines) next++, line = 0;
         }
     }
-    // What to fetch next; `idle` if there is nothing.
-    Part take(const void* idle) {
-        const char* nothing = static_cast<const char*>(idle);
-        const bool any = next < std::min(parts.size(), used + MOST);
-        return any ? parts[next++] : Part{nothing, nothing, nothing, nothing};
+    // The keys and values to fetch next, if there are any.
+    void take(const char*& keys, const char*& values) {
+        if (next >= std::min(parts.size(), used + MOST)) return;
+        keys = parts[next].keys, values = parts[next].values;
+        next++;
     }
 };

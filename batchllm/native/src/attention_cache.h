@@ -108,6 +108,15 @@ INLINE void write_key(
         std::memcpy(part, key + d, sizeof(*key) * GROUP);
 }
 
+#if defined(__AVX512BW__)
+INLINE __m512i words_of(const uint16_t* from) {
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from));
+}
+INLINE __m512i words_of(const int8_t* from) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from));
+}
+#endif
+
 // The same of a value.
 template <typename T>
 INLINE void write_value(
@@ -117,21 +126,15 @@ INLINE void write_value(
     part += layout.value_place(offset);
     int d = 0;
 #if defined(__AVX512BW__)  // to one place of each word
-    const int place = int(offset % GROUP);
-    if constexpr (GROUP == 2)
-        for (; d + W <= layout.head_dim; d += W)
-            _mm512_mask_storeu_epi16(
-                part + d * GROUP - place, 0x55555555u << place,
-                _mm512_slli_epi32(
-                    _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(value + d))),
-                    place * 16));
-    if constexpr (GROUP == 4)
+    if constexpr (GROUP > 1) {
+        const int bits = 32 / GROUP, place = int(offset % GROUP);
+        const __mmask64 there = (GROUP == 2 ? 0x3333333333333333 : 0x1111111111111111)
+                                << (place * bits / 8);
         for (; d + W <= layout.head_dim; d += W)
             _mm512_mask_storeu_epi8(
-                part + d * GROUP - place, 0x1111111111111111u << place,
-                _mm512_slli_epi32(
-                    _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(value + d))),
-                    place * 8));
+                part + d * GROUP - place, there,
+                _mm512_slli_epi32(words_of(value + d), place * bits));
+    }
 #endif
     for (; d < layout.head_dim; d++) part[d * GROUP] = value[d];
 }

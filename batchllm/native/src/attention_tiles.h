@@ -162,12 +162,12 @@ struct InTiles {
             scratch.groups[key / TOKENS] = whole ? parts[0] : to;
             for (int k = 0; !whole && k < TOKENS; k += GROUP, to += GROUP * pass.head_dim) {
                 const int left = pass.count - key - k;
-                const Value* from = parts[k / W] + k % W * pass.head_dim;
+                const Value* from = left > 0 ? parts[k / W] + k % W * pass.head_dim : nullptr;
                 for (int d = 0; d < pass.head_dim * GROUP; d += W * GROUP) {
                     Words group{};
-                    if (left > 0) group = load<Words>(from + d);
-                    if (left > 0 && left < GROUP) group = T::first_of_group(group, left);
-                    store(to + d, group);
+                    if (from != nullptr) group = load<Words>(from + d);
+                    if (!T::ROUNDED && left == 1) group = T::first_of_group(group, 1);
+                    store(to + d, group);  // whole numbers are numbers, whatever they are
                 }
             }
         }

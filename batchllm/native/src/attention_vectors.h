@@ -20,12 +20,13 @@ template <typename T, int R, int N>
 INLINE void multiply_keys(
     const Row<T>* const* queries, const typename T::Value* const* panels, int head_dim,
     Ahead& ahead, float* scores) {
-    const auto fetch = ahead.take(panels[0]);
     Floats sums[R][N] = {};
+    const char *keys = nullptr, *values = nullptr;
+    if (!T::ROUNDED) ahead.take(keys, values);  // else it was done while these were widened
     for (int d = 0; d < head_dim; d += T::GROUP) {
-        if (!T::ROUNDED) {  // else it was done while they were widened
-            __builtin_prefetch(fetch.keys + d * W * sizeof(typename T::Value));
-            __builtin_prefetch(fetch.values + d * W * sizeof(typename T::Value));
+        if (keys != nullptr) {
+            __builtin_prefetch(keys + d * W * sizeof(typename T::Value));
+            __builtin_prefetch(values + d * W * sizeof(typename T::Value));
         }
         add_products<Product<T>>(
             sums, [&](int n) { return load<Words>(panels[n] + d * W); },
@@ -101,7 +102,7 @@ template <typename T>
 struct InVectors {
     typedef typename T::Value Value;
     static constexpr int MOST = ROWS;  // rows at once
-    static constexpr int FEW = 0;  // rows that are better attended with others
+    static constexpr int FEW = 0;      // rows that are better attended with others
 
     static void begin_thread() {}
     static void end_thread() {}

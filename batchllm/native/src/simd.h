@@ -63,22 +63,25 @@ INLINE Floats broadcast(float x) { return Floats{} + x; }
 INLINE Floats largest(Floats a, Floats b) { return a > b ? a : b; }
 INLINE Words largest(Words a, Words b) { return a > b ? a : b; }
 
+template <typename V>
+INLINE auto largest_in_turn(V v) {
+    auto x = v[0];
+    for (int i = 1; i < W; i++) x = v[i] > x ? v[i] : x;
+    return x;
+}
+
 INLINE float largest(Floats v) {
 #if defined(__AVX512F__)
     return _mm512_reduce_max_ps((__m512)v);
 #endif
-    float x = v[0];
-    for (int i = 1; i < W; i++) x = v[i] > x ? v[i] : x;
-    return x;
+    return largest_in_turn(v);
 }
 
 INLINE int32_t largest(Words v) {
 #if defined(__AVX512F__)
     return _mm512_reduce_max_epi32((__m512i)v);
 #endif
-    int32_t x = v[0];
-    for (int i = 1; i < W; i++) x = v[i] > x ? v[i] : x;
-    return x;
+    return largest_in_turn(v);
 }
 
 INLINE float float_of_bits(int32_t bits) {
