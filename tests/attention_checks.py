@@ -22,7 +22,7 @@ from batchllm.scheduler.scheduler import Scheduler
 
 NUM_BLOCKS = 400
 POISON = 99
-NAN_BITS = 0x7FC03F7F  # of a float32, and of two float8 that are not finite or small
+NAN_BITS = 0x7FC03F7F  # of a float32; of its bytes two are NaNs of float8, none is 0
 
 TREES = st.lists(
     st.tuples(st.lists(st.integers(0, 1), min_size=1, max_size=30), st.integers(1, 6)),
@@ -32,9 +32,12 @@ TREES = st.lists(
 
 
 def tolerance_of(dtype, kv_dtype=None):
-    """How far from the reference a backend may be: what it rounds otherwise makes a difference."""
+    """How far from the reference: values reach 8, where bfloat16 goes by 1/32.
+
+    In int8 a number may be rounded to its neighbour, and with scales even a weight of 1 is rounded.
+    """
     if kv_dtype == torch.int8:
-        return 6e-2  # a key that is rounded to the next number is
+        return 6e-2
     return 5e-5 if dtype == torch.float32 else 3e-2
 
 

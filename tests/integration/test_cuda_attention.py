@@ -12,6 +12,7 @@ from attention_checks import (
     long_rows,
     poisoned_rows,
     step_of,
+    tolerance_of,
 )
 from attention_trees import items_of, trees
 from device_steps import BLOCK_SIZE as STEP_BLOCK_SIZE
@@ -80,17 +81,12 @@ def hold(library, rows, shape, *, budget=60, costs=None, block_size=BLOCK_SIZE, 
         group=group,
         head_dim=head_dim,
         dtype=torch.bfloat16,
-        tolerance=tolerance(kv_dtype),
+        tolerance=tolerance_of(torch.bfloat16, kv_dtype),
         kv_dtype=kv_dtype,
     )
 
 
 KV_DTYPES = [None, torch.float8_e4m3fn, torch.int8]
-
-
-def tolerance(kv_dtype):
-    """Values reach 8, where bfloat16 goes by 1/32; with scales even a weight of 1 is rounded."""
-    return 6e-2 if kv_dtype == torch.int8 else 3e-2
 
 
 @given(TREES, st.integers(1, 50), st.sampled_from(SHAPES), st.sampled_from(COSTS))
@@ -124,7 +120,7 @@ def hold_tree(library, shape, costs, kv_dtype, items):
         group=group,
         head_dim=head_dim,
         dtype=torch.bfloat16,
-        tolerance=tolerance(kv_dtype),
+        tolerance=tolerance_of(torch.bfloat16, kv_dtype),
         device="cpu",
         kv_dtype=kv_dtype,
     )
@@ -308,7 +304,7 @@ def test_two_backends_share_a_cache_and_each_takes_what_it_is_faster_for(library
         group=group,
         head_dim=head_dim,
         dtype=torch.bfloat16,
-        tolerance=tolerance(None),
+        tolerance=tolerance_of(torch.bfloat16),
     )
     assert {name for name, is_decodes in planned if is_decodes} == {ours.name}
     assert {name for name, is_decodes in planned if not is_decodes} == {theirs.name}

@@ -139,8 +139,8 @@ INLINE void write_value(
     for (; d < layout.head_dim; d++) part[d * GROUP] = value[d];
 }
 
-// Rounds a row to whole numbers of a byte; returns the scale to multiply them by, which is no finite
-// number if one of the row's is not, and never negative.
+// Rounds a row to whole numbers of a byte; returns the scale to multiply them by, never negative,
+// and not finite where one of the row's numbers is not.
 INLINE float round_to_bytes(const float* row, int size, int8_t* rounded) {
     Words most{};
     for (int i = 0; i < size; i += W)  // the bits of floats that are not negative order as they do
