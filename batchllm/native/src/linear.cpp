@@ -14,7 +14,6 @@
 #include <omp.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <type_traits>
 
@@ -84,11 +83,11 @@ INLINE void multiply_some(
         multiply_some<In, Out, R - 1>(rows, linear, x, row_scales, panel, out);
 }
 
-// All rows times all panels; called by every thread of a parallel region, `taken` being 0.
+// All rows times all panels; called by every thread of a parallel region.
 template <typename In, typename Out>
 void multiply(
     const PackedLinear& linear, int64_t rows, const typename In::Value* x, const float* row_scales,
-    typename Out::Value* out, std::atomic<int64_t>& taken) {
+    typename Out::Value* out, Taken* taken) {
 #if defined(BATCHLLM_TILES)
     if constexpr (!std::is_same_v<In, Float32Product>)
         if (fits_tiles<In>(linear))
@@ -147,7 +146,7 @@ void linear_int8(
     int64_t rows, const PackedLinear& linear, const void* x, void* memory, float* row_scales,
     void* out) {
     Int8Product::Value* rounded = static_cast<Int8Product::Value*>(memory);
-    std::atomic<int64_t> taken{0};
+    Taken taken[MOST_PARTS];
 #pragma omp parallel
     {
 #pragma omp for schedule(static)
@@ -165,7 +164,7 @@ void linear_plain(
     int64_t rows, const PackedLinear& linear, const void* x, void* memory, void* out) {
     const auto* from = static_cast<const typename T::Value*>(x);
     auto* to = static_cast<typename T::Value*>(out);
-    std::atomic<int64_t> taken{0};
+    Taken taken[MOST_PARTS];
 #pragma omp parallel
     if constexpr (std::is_same_v<typename Product::Value, typename T::Value>) {
         multiply<Product, T>(linear, rows, from, nullptr, to, taken);

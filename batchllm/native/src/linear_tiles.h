@@ -1,9 +1,12 @@
 // Products in matrix tiles: strips of up to 32 rows times the panels of linear.cpp.
 //
-// A step of a strip and a panel is four products of tiles. To read their four operands takes as
-// long from the first-level cache, and longer from the second. So one of the two is to stay in the
-// first: the strip, where it fits there and meets many panels (`by_groups`), else the panel
-// (`by_panels`).
+// A step of a strip and a panel is four products of tiles. To read their four operands takes half as
+// long from the first-level cache, and longer from the second. So a strip stays in the first while
+// it meets a group of panels; where its rows are too long for that, a chunk of them at a time. The
+// group stays in the second while many strips meet it, and what comes next is fetched there.
+//
+// Each thread has rows of its own where they are many (`by_groups`): what one core has just
+// written, another reads slower than from anywhere else.
 #pragma once
 
 #include <omp.h>
@@ -15,12 +18,23 @@
 #include "products.h"
 #include "tiles.h"
 
+constexpr int MOST_PARTS = 64;  // of a product's rows
+
+// How many of a part's units of work were given out, in a line of the cache.
+struct alignas(64) Taken {
+    std::atomic<int64_t> count{0};
+
+    int64_t next() { return count.fetch_add(1, std::memory_order_relaxed); }
+};
+
 #if defined(BATCHLLM_TILES)
 constexpr int TILE_STRIP = 2 * TILE_ROWS;    // rows
 constexpr int TILE_PANEL = 2 * W;            // outputs
-constexpr int64_t STRIP_BYTES = 40 * 1024;   // of rows, in the first-level cache
-constexpr int64_t BLOCK_BYTES = 768 * 1024;  // of rows, in the second-level cache
-constexpr int64_t GROUP_BYTES = 600 * 1024;  // of panels, the same
+constexpr int64_t CHUNK_BYTES = 20 * TILE_BYTES;  // of a row, whose strip stays where it is
+constexpr int64_t GROUP_BYTES = 600 * 1024;       // of panels, in the second-level cache
+constexpr int64_t ROWS_BYTES = 400 * 1024;        // that stay there beside them
+constexpr int MOST_IN_CHUNKS = GROUP_BYTES / (CHUNK_BYTES * TILE_PANEL) + 1;  // panels a group
+constexpr int64_t PART_STRIPS = 8;  // for fewer a thread does not read all of a weight
 
 // tile SUM += A . B, whatever In's values are.
 template <typename In, int SUM, int A, int B>
@@ -31,18 +45,19 @@ INLINE void multiply_tile() {
         multiply_bfloat16<SUM, A, B>();
 }
 
-// What is read next is fetched into the second-level cache while this is multiplied.
+// What is read next, fetched into the second-level cache while something is multiplied: so many
+// lines in each of its steps.
 struct Fetch {
-    const char *next, *end;
+    const char *next = nullptr, *end = nullptr;
+    int lines = 0;
 
-    int lines_a_step(int64_t steps) const {
-        const int64_t lines = (end - next + 63) / 64;
-        return int((lines + steps - 1) / steps);
+    Fetch() = default;
+    Fetch(const char* next, const char* end, int64_t steps) : next(next), end(end) {
+        lines = int(((end - next + 63) / 64 + steps - 1) / steps);
     }
 
-    INLINE void lines(int count) {
-        for (int i = 0; i < count && next < end; i++, next += 64)
-            __builtin_prefetch(next, 0, 2);
+    INLINE void some() {
+        for (int i = 0; i < lines && next < end; i++, next += 64) __builtin_prefetch(next, 0, 2);
     }
 };
 
@@ -61,9 +76,15 @@ class Outputs {
     bool gated = false;
 
     INLINE Floats value(int n) const {
-        const Floats v = In::floats(sums[row][n] + start[n]);
-        if constexpr (In::SCALED) return v * (scale[n] * row_scales[row]) + bias[n];
-        return v + bias[n];
+        if constexpr (In::SCALED)
+            return In::floats(sums[row][n] + start[n]) * (scale[n] * row_scales[row]) + bias[n];
+        else
+            return sums[row][n] + bias[n];
+    }
+
+    // Of the last panel there may be less than a panel's outputs.
+    __attribute__((noinline)) void write_first(typename Out::Value* to) const {
+        for (int64_t i = 0; i < left; i++) to[i] = Out::put(value(int(i / W))[i % W]);
     }
 
   public:
@@ -99,20 +120,23 @@ class Outputs {
     INLINE void write(int count) {
         for (const int end = std::min(row + count, rows); row < end; row++) {
             typename Out::Value* to = out + row * stride;
-            if (gated) {
+            if (gated)
                 Out::narrow(to, silu<Out::COARSE>(value(0)) * value(1));
-                continue;
-            }
-            for (int n = 0; n < 2; n++, to += W)
-                if (left >= TILE_PANEL)
-                    Out::narrow(to, value(n));
-                else
-                    for (int64_t i = 0; i < std::min<int64_t>(W, left - n * W); i++)
-                        to[i] = Out::put(value(n)[i]);
+            else if (left >= TILE_PANEL)
+                Out::narrow(to, value(0)), Out::narrow(to + W, value(1));
+            else
+                write_first(to);
         }
     }
 
     INLINE void write_all() { write(TILE_STRIP); }
+};
+
+// Steps of the summed axis, and what the ones before came to, unless they are the first.
+template <typename In>
+struct Chunk {
+    int64_t begin, end;
+    typename In::Sums (*partial)[2];
 };
 
 // Of more than TILE_ROWS rows, and at most TILE_STRIP. Either the rows or the panel are used again,
@@ -120,14 +144,24 @@ class Outputs {
 template <typename In, typename Out, bool ROWS_STAY>
 void multiply_strip_tiles(
     const PackedLinear& linear, int rows, const typename In::Value* x, const float* row_scales,
-    int64_t panel, typename Out::Value* out, Fetch fetch, Outputs<In, Out>& outputs) {
+    int64_t panel, typename Out::Value* out, Fetch& fetch, Outputs<In, Out>& outputs,
+    const Chunk<In>& chunk) {
     const int64_t row_bytes = linear.inputs * int64_t(sizeof(*x));
-    const int64_t steps = row_bytes / TILE_BYTES;
-    const char* weight = static_cast<const char*>(linear.panels) + panel * row_bytes * TILE_PANEL;
-    const char* upper = reinterpret_cast<const char*>(x);
+    const int64_t steps = chunk.end - chunk.begin;
+    const char* weight = static_cast<const char*>(linear.panels) +
+                         (panel * row_bytes + chunk.begin * TILE_BYTES) * TILE_PANEL;
+    const char* upper = reinterpret_cast<const char*>(x) + chunk.begin * TILE_BYTES;
     const char* lower = upper + TILE_ROWS * row_bytes;
-    const int lines = fetch.lines_a_step(steps), written = int((TILE_STRIP + steps - 1) / steps);
-    clear_tile<0>(), clear_tile<1>(), clear_tile<2>(), clear_tile<3>();
+    const int written = int((TILE_STRIP + steps - 1) / steps);
+    Fetch fetching = fetch;
+    constexpr int64_t STRIDE = sizeof(*chunk.partial);
+    const auto earlier = [&](int row, int n) { return &chunk.partial[row][n]; };
+    if (chunk.begin == 0) {
+        clear_tile<0>(), clear_tile<1>(), clear_tile<2>(), clear_tile<3>();
+    } else {
+        load_tile<0>(earlier(0, 0), STRIDE), load_tile<1>(earlier(0, 1), STRIDE);
+        load_tile<2>(earlier(TILE_ROWS, 0), STRIDE), load_tile<3>(earlier(TILE_ROWS, 1), STRIDE);
+    }
     for (int64_t k = 0; k < steps; k++, upper += TILE_BYTES, lower += TILE_BYTES) {
         if constexpr (ROWS_STAY) {
             load_tile_once<6>(weight, 2 * TILE_BYTES);
@@ -144,25 +178,32 @@ void multiply_strip_tiles(
         multiply_tile<In, 1, 4, 7>();
         multiply_tile<In, 2, 5, 6>();
         multiply_tile<In, 3, 5, 7>();
-        fetch.lines(lines);
+        fetching.some();
         outputs.write(written);
         weight += TILE_PANEL * TILE_BYTES;
     }
-    outputs.template store<0>(0);
-    outputs.template store<2>(TILE_ROWS);
-    outputs.begin(linear, panel, rows, row_scales, out);
+    fetch = fetching;
+    if (chunk.end * TILE_BYTES == row_bytes) {
+        outputs.template store<0>(0);
+        outputs.template store<2>(TILE_ROWS);
+        outputs.begin(linear, panel, rows, row_scales, out);
+    } else {
+        store_tile<0>(earlier(0, 0), STRIDE), store_tile<1>(earlier(0, 1), STRIDE);
+        store_tile<2>(earlier(TILE_ROWS, 0), STRIDE), store_tile<3>(earlier(TILE_ROWS, 1), STRIDE);
+    }
 }
 
 // At most TILE_ROWS rows, and PANELS panels side by side: sums wait for their last term.
 template <typename In, typename Out, int PANELS>
 void multiply_few_tiles(
     const PackedLinear& linear, int rows, const typename In::Value* x, const float* row_scales,
-    int64_t panel, typename Out::Value* out, Fetch fetch, Outputs<In, Out>& outputs) {
+    int64_t panel, typename Out::Value* out, Fetch& fetch, Outputs<In, Out>& outputs) {
     const int64_t row_bytes = linear.inputs * int64_t(sizeof(*x));
     const int64_t steps = row_bytes / TILE_BYTES, panel_bytes = row_bytes * TILE_PANEL;
     const char* weight = static_cast<const char*>(linear.panels) + panel * panel_bytes;
     const char* row = reinterpret_cast<const char*>(x);
-    const int lines = fetch.lines_a_step(steps), written = int((TILE_ROWS + steps - 1) / steps);
+    const int written = int((TILE_ROWS + steps - 1) / steps);
+    Fetch fetching = fetch;
     clear_tile<0>(), clear_tile<1>();
     if constexpr (PANELS == 2) clear_tile<2>(), clear_tile<3>();
     for (int64_t k = 0; k < steps; k++, row += TILE_BYTES) {
@@ -177,10 +218,11 @@ void multiply_few_tiles(
             multiply_tile<In, 2, 4, 5>();
             multiply_tile<In, 3, 4, 6>();
         }
-        fetch.lines(lines);
+        fetching.some();
         outputs.write(written);
         weight += TILE_PANEL * TILE_BYTES;
     }
+    fetch = fetching;
     outputs.write_all();
     outputs.template store<0>(0);
     outputs.begin(linear, panel, rows, row_scales, out);
@@ -210,38 +252,85 @@ class TileWork {
     const Value* const x;
     const float* const row_scales;
     typename Out::Value* const out;
-    std::atomic<int64_t>& taken;
-    const int64_t panels, panel_bytes, strips;
+    Taken* const taken;  // [MOST_PARTS]
+    const int64_t panels, steps, row_bytes, panel_bytes, strips, out_width;
     const int64_t threads = omp_get_num_threads();
+    Fetch next_strip, next_panels;
     Outputs<In, Out> outputs;
+    alignas(64) typename In::Sums partial[MOST_IN_CHUNKS][TILE_STRIP][2];  // of a strip in chunks
     int shaped = 0;
 
-    int64_t take() { return taken.fetch_add(1, std::memory_order_relaxed); }
-    const char* weight(int64_t panel) const {
-        return static_cast<const char*>(linear.panels) + panel * panel_bytes;
+    int rows_of(int64_t strip) const {
+        return int(std::min<int64_t>(TILE_STRIP, rows - strip * TILE_STRIP));
     }
-    // The part of `bytes` from a panel on that is fetched in turn `i` of `count`.
-    Fetch part(int64_t panel, int64_t bytes, int64_t i, int64_t count) const {
-        return {weight(panel) + bytes * i / count, weight(panel) + bytes * (i + 1) / count};
+    // To be read in so many steps.
+    Fetch fetch_panels(int64_t first, int64_t last, int64_t in_steps) const {
+        const char* weight = static_cast<const char*>(linear.panels);
+        return {weight + first * panel_bytes, weight + last * panel_bytes, in_steps};
     }
-    template <bool ROWS_STAY>
-    void multiply(int64_t strip, int64_t panel, bool pair, Fetch fetch) {
+    Fetch fetch_strip(int64_t strip, int64_t in_steps) const {
+        const char* from = reinterpret_cast<const char*>(x) + strip * TILE_STRIP * row_bytes;
+        return {from, from + rows_of(strip) * row_bytes, in_steps};
+    }
+    // What `function` and all like it are called with, to multiply a strip and a panel.
+    template <typename Function, typename... More>
+    INLINE void multiply(
+        Function function, int64_t strip, int64_t panel, const More&... more) {
         const int64_t row = strip * TILE_STRIP;
-        const int here = int(std::min<int64_t>(TILE_STRIP, rows - row));
+        const int here = rows_of(strip);
         if (here != shaped) shape_tiles(strip_shape(here));
         shaped = here;
-        const auto function = here > TILE_ROWS ? multiply_strip_tiles<In, Out, ROWS_STAY>
-                              : pair           ? multiply_few_tiles<In, Out, 2>
-                                               : multiply_few_tiles<In, Out, 1>;
+        Fetch& fetch = next_strip.next < next_strip.end ? next_strip : next_panels;
         function(
-            linear, here, x + row * linear.inputs, row_scales + row, panel,
-            out + row * linear.outputs / (linear.gated ? 2 : 1), fetch, outputs);
+            linear, here, x + row * linear.inputs, row_scales + row, panel, out + row * out_width,
+            fetch, outputs, more...);
+    }
+
+    // A strip and the panels of a group.
+    void multiply_group(int64_t strip, int64_t first, int64_t last) {
+        if (rows_of(strip) <= TILE_ROWS) {
+            for (int64_t panel = first; panel < last; panel++)
+                multiply(multiply_few_tiles<In, Out, 1>, strip, panel);
+            return;
+        }
+        const int64_t chunks = (row_bytes + CHUNK_BYTES - 1) / CHUNK_BYTES;
+        for (int64_t c = 0; c < chunks; c++) {
+            Chunk<In> chunk{steps * c / chunks, steps * (c + 1) / chunks, partial[0]};
+            for (int64_t panel = first; panel < last; panel++) {
+                chunk.partial = partial[panel - first];
+                multiply(multiply_strip_tiles<In, Out, true>, strip, panel, chunk);
+            }
+        }
+    }
+
+    // The groups of a part of the rows that nobody has taken.
+    void take_groups(int64_t part, int64_t parts) {
+        const int64_t begin = strips * part / parts, end = strips * (part + 1) / parts;
+        const int64_t sharing = (threads + parts - 1) / parts;
+        const int64_t fitting = (panels * panel_bytes + GROUP_BYTES - 1) / GROUP_BYTES;
+        const int64_t wanted = std::max(fitting, 2 * sharing);
+        const int64_t groups = std::min(panels, (wanted + sharing - 1) / sharing * sharing);
+        const auto first = [&](int64_t group) { return panels * group / groups; };
+        const bool rows_stay = (end - begin) * TILE_STRIP * row_bytes <= ROWS_BYTES;
+        for (int64_t group = taken[part].next(), next; group < groups; group = next) {
+            next = taken[part].next();
+            const int64_t strip_steps = (first(group + 1) - first(group)) * steps;
+            next_panels = next_strip = {};
+            if (next < groups)
+                next_panels = fetch_panels(
+                    first(next), first(next + 1), (end - begin) * strip_steps / (rows_stay ? 1 : 2));
+            for (int64_t s = begin; s < end; s++) {
+                if (!rows_stay && (s + 1 < end || next < groups))
+                    next_strip = fetch_strip(s + 1 < end ? s + 1 : begin, strip_steps / 2);
+                multiply_group(s, first(group), first(group + 1));
+            }
+        }
     }
 
   public:
     TileWork(
         const PackedLinear& linear, int64_t rows, const Value* x, const float* row_scales,
-        typename Out::Value* out, std::atomic<int64_t>& taken)
+        typename Out::Value* out, Taken* taken)
         : linear(linear),
           rows(rows),
           x(x),
@@ -249,78 +338,69 @@ class TileWork {
           out(out),
           taken(taken),
           panels((linear.outputs + TILE_PANEL - 1) / TILE_PANEL),
-          panel_bytes(linear.inputs * int64_t(sizeof(*x)) * TILE_PANEL),
-          strips((rows + TILE_STRIP - 1) / TILE_STRIP) {}
+          steps(linear.inputs * int64_t(sizeof(*x)) / TILE_BYTES),
+          row_bytes(steps * TILE_BYTES),
+          panel_bytes(row_bytes * TILE_PANEL),
+          strips((rows + TILE_STRIP - 1) / TILE_STRIP),
+          out_width(linear.gated ? linear.outputs / 2 : linear.outputs) {}
     TileWork(const TileWork&) = delete;
     ~TileWork() {
         outputs.write_all();
         release_tiles();
     }
 
-    // Whether a strip of many stays in the first-level cache beside what else is read.
-    bool strips_stay() const { return strips > 2 && panel_bytes <= STRIP_BYTES; }
+    // Whether what a strip's staying where it is saves is more than what it takes.
+    bool rows_are_many() const {
+        return strips > (row_bytes <= CHUNK_BYTES ? 2 : PART_STRIPS);
+    }
 
-    // A panel meets a block of rows, which stays in the second-level cache; few rows read every
-    // panel from memory once. A thread asks for its next panels before it needs them, to fetch
-    // them. Pairs first, and as many for each thread: one tile of rows is multiplied by two panels
-    // at once, and two of a gated weight put out a line of the cache, which one thread should write.
+    // All rows meet a panel. A thread asks for its next panels before it needs them, to fetch them.
+    // Pairs first, and as many for each thread: one tile of rows is multiplied by two panels at
+    // once, and two of a gated weight put out a line of the cache, which one thread should write.
     void by_panels() {
-        const int64_t fitting = std::max<int64_t>(8, BLOCK_BYTES / panel_bytes);
-        const int64_t blocks = (strips + fitting - 1) / fitting;
         const bool together = rows <= TILE_ROWS, in_pairs = together || linear.gated;
         const int64_t pairs = in_pairs ? panels / 2 / threads * threads : 0;
-        const int64_t a_block = panels - pairs, units = blocks * a_block;
-        const auto first = [&](int64_t u) { return u < pairs ? 2 * u : u + pairs; };
-        for (int64_t unit = take(), next; unit < units; unit = next) {
-            next = take();
-            const int64_t block = unit / a_block, u = unit % a_block, after = next % a_block;
-            const int64_t begin = strips * block / blocks, end = strips * (block + 1) / blocks;
-            const int64_t last = first(u + 1), step = together ? last - first(u) : 1;
-            for (int64_t panel = first(u); panel < last; panel += step) {
+        const int64_t units = panels - pairs;
+        const auto first = [&](int64_t unit) { return unit < pairs ? 2 * unit : unit + pairs; };
+        for (int64_t unit = taken->next(), next; unit < units; unit = next) {
+            next = taken->next();
+            const int64_t last = first(unit + 1), step = together ? last - first(unit) : 1;
+            for (int64_t panel = first(unit); panel < last; panel += step) {
                 const bool more = panel + step < last, none = !more && next >= units;
-                const int64_t coming = more ? panel + step : first(after);
-                const int64_t count = none ? 0 : together ? first(after + 1) - coming : 1;
-                for (int64_t s = begin; s < end; s++)
-                    multiply<false>(
-                        s, panel, step == 2,
-                        part(coming, count * panel_bytes, s - begin, end - begin));
+                const int64_t then = more ? panel + step : first(next);
+                next_panels = {};
+                if (!none)
+                    next_panels = fetch_panels(
+                        then, together ? first(next + 1) : then + 1, strips * steps);
+                for (int64_t s = 0; s < strips; s++)
+                    if (rows_of(s) > TILE_ROWS)
+                        multiply(
+                            multiply_strip_tiles<In, Out, false>, s, panel,
+                            Chunk<In>{0, steps, nullptr});
+                    else if (step == 2)
+                        multiply(multiply_few_tiles<In, Out, 2>, s, panel);
+                    else
+                        multiply(multiply_few_tiles<In, Out, 1>, s, panel);
             }
         }
     }
 
-    // A strip of rows stays in the first-level cache while it meets a group of panels, and these in
-    // the second while they meet a block of rows. So outputs are written row by row, too: where
-    // rows are many pages, to write a little of each is slow.
+    // Every thread its part of the rows, and what others have not begun; or threads share a part.
     void by_groups() {
-        const int64_t a_block = BLOCK_BYTES / panel_bytes;  // a strip has as many bytes
-        const int64_t blocks = (strips + a_block - 1) / a_block;
-        const int64_t fitting = (panels * panel_bytes + GROUP_BYTES - 1) / GROUP_BYTES;
-        const int64_t wanted = std::max(fitting, (2 * threads + blocks - 1) / blocks);
-        const int64_t groups = std::min(panels, (wanted + threads - 1) / threads * threads);
-        const auto first = [&](int64_t group) { return panels * group / groups; };
-        for (int64_t unit = take(), next; unit < groups * blocks; unit = next) {
-            next = take();
-            const int64_t block = unit / groups, group = unit % groups, coming = next % groups;
-            const int64_t begin = strips * block / blocks, end = strips * (block + 1) / blocks;
-            const int64_t count = first(group + 1) - first(group);
-            const bool fetches = next < groups * blocks && coming != group;
-            const int64_t bytes = fetches ? (first(coming + 1) - first(coming)) * panel_bytes : 0;
-            int64_t turn = 0;
-            for (int64_t s = begin; s < end; s++)
-                for (int64_t panel = first(group); panel < first(group + 1); panel++, turn++)
-                    multiply<true>(
-                        s, panel, false, part(first(coming), bytes, turn, (end - begin) * count));
-        }
+        const int64_t most = std::min<int64_t>(threads, MOST_PARTS);
+        const int64_t parts = std::clamp<int64_t>(strips / PART_STRIPS, 1, most);
+        const int64_t own = omp_get_thread_num() * parts / threads;
+        for (int64_t i = 0; i < parts; i++) take_groups((own + i) % parts, parts);
     }
 };
 
-// All rows times all panels; called by every thread of a parallel region, `taken` being 0.
+// All rows times all panels; called by every thread of a parallel region.
 template <typename In, typename Out>
 void multiply_tiles(
     const PackedLinear& linear, int64_t rows, const typename In::Value* x, const float* row_scales,
-    typename Out::Value* out, std::atomic<int64_t>& taken) {
+    typename Out::Value* out, Taken* taken) {
     TileWork<In, Out> work(linear, rows, x, row_scales, out, taken);
-    if (work.strips_stay())
+    if (work.rows_are_many())
         work.by_groups();
     else
         work.by_panels();
