@@ -1,12 +1,14 @@
 // Products in matrix tiles: strips of up to 32 rows times the panels of linear.cpp.
 //
 // A step of a strip and a panel is four products of tiles. To read their four operands takes half as
-// long from the first-level cache, and longer from the second. So a strip stays in the first while
-// it meets a group of panels; where its rows are too long for that, a chunk of them at a time. The
-// group stays in the second while many strips meet it, and what comes next is fetched there.
+// long from the first-level cache, and longer from the second, which two of them may come from.
+// What comes next is fetched there.
 //
-// Each thread has rows of its own where they are many (`by_groups`): what one core has just
-// written, another reads slower than from anywhere else.
+// Few rows stay in the second-level cache, and every panel is read from memory once and meets them
+// all (`by_panels`). Many are divided among threads, since what one core has just written another
+// reads slower than from memory; a strip stays in the first-level cache while it meets a group of
+// panels, where its rows are long a chunk of them at a time, and the group stays in the second
+// (`by_groups`).
 #pragma once
 
 #include <omp.h>
@@ -32,7 +34,8 @@ constexpr int TILE_STRIP = 2 * TILE_ROWS;    // rows
 constexpr int TILE_PANEL = 2 * W;            // outputs
 constexpr int64_t CHUNK_BYTES = 20 * TILE_BYTES;  // of a row, whose strip stays where it is
 constexpr int64_t GROUP_BYTES = 600 * 1024;       // of panels, in the second-level cache
-constexpr int64_t ROWS_BYTES = 400 * 1024;        // that stay there beside them
+constexpr int64_t ROWS_BYTES = 400 * 1024;        // of rows that stay there beside them
+constexpr int64_t BLOCK_BYTES = 1536 * 1024;      // and beside one panel
 constexpr int MOST_IN_CHUNKS = GROUP_BYTES / (CHUNK_BYTES * TILE_PANEL) + 1;  // panels a group
 constexpr int64_t PART_STRIPS = 8;  // for fewer a thread does not read all of a weight
 
@@ -349,9 +352,10 @@ class TileWork {
         release_tiles();
     }
 
-    // Whether what a strip's staying where it is saves is more than what it takes.
+    // Whether strips should meet groups of panels: there are rows for several parts, or more than
+    // the second-level cache keeps for each panel to meet.
     bool rows_are_many() const {
-        return strips > (row_bytes <= CHUNK_BYTES ? 2 : PART_STRIPS);
+        return strips >= 2 * PART_STRIPS || (strips > 2 && rows * row_bytes > BLOCK_BYTES);
     }
 
     // All rows meet a panel. A thread asks for its next panels before it needs them, to fetch them.
