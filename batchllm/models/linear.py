@@ -1,6 +1,7 @@
 """Matrix products with weights that are packed once, in torch: bfloat16, float32, and int8."""
 
 from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,20 @@ Product = Callable[[torch.Tensor], torch.Tensor]
 
 Pack = Callable[[torch.Tensor, torch.Tensor | None], Product]
 """A product with a weight [outputs, inputs] and a bias [outputs]; neither need be kept."""
+
+
+@runtime_checkable
+class RankingProduct(Protocol):
+    """A product that can find its largest outputs without writing them all."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """See `Product`."""
+        ...
+
+    def argmax(self, x: torch.Tensor) -> torch.Tensor | None:
+        """`Operations.argmax` of the outputs, int32 [rows]; None where it cannot after all."""
+        ...
+
 
 INT8_MOST = 127  # of 128 steps each way, so that the scale is symmetric
 
@@ -37,6 +52,10 @@ class Linear:
         if self.input_peaks is not None:
             self.input_peaks = torch.maximum(self.input_peaks, x.float().abs().amax(dim=0))
         return F.linear(x, self.weight, self.bias)
+
+    def argmax(self, x: torch.Tensor) -> torch.Tensor | None:
+        """See `RankingProduct`; None where the product is none."""
+        return self._product.argmax(x) if isinstance(self._product, RankingProduct) else None
 
     @property
     def product(self) -> Product:

@@ -192,9 +192,15 @@ class LlamaModel:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Next-token logits of hidden states [n, hidden_size]: [n, vocab_size], in the dtype."""
-        config = self.config
-        normed = self._operations.add_rms_norm(hidden, None, self._norm, config.rms_norm_eps)
-        return self._shard.gather(self._head(normed), config.vocab_size)
+        return self._shard.gather(self._head(self._normed(hidden)), self.config.vocab_size)
+
+    def greedy(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The first largest of each row's logits, an integer [n]; -1 as in `Operations.argmax`."""
+        tokens = self._head.argmax(self._normed(hidden)) if self._shard.size == 1 else None
+        return self._operations.argmax(self.logits(hidden)) if tokens is None else tokens
+
+    def _normed(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self._operations.add_rms_norm(hidden, None, self._norm, self.config.rms_norm_eps)
 
     def _linears(self) -> Iterator[Linear]:
         yield self._head

@@ -106,25 +106,31 @@ class NativeProduct:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[rows, inputs] to [rows, outputs], in the dtype of what goes in."""
         kernels, packed, rows = self._kernels, self.packed, x.shape[0]
-        assert x.is_contiguous() and x.shape[1] == packed.inputs, (x.shape, packed.inputs)
+        is_bfloat16, scratch, row_scales = self._memory(x)
         out = x.new_empty(rows, packed.outputs)
-        is_bfloat16 = x.dtype == torch.bfloat16
-        scratch = torch.empty(x.numel() * self.scratch_bytes, dtype=torch.uint8)
+        pointers = (packed.pointer, x.data_ptr(), scratch.data_ptr())
         if self.is_int8:
-            row_scales = torch.empty(rows)
-            kernels.linear_int8(
-                is_bfloat16,
-                rows,
-                packed.pointer,
-                x.data_ptr(),
-                scratch.data_ptr(),
-                row_scales.data_ptr(),
-                out.data_ptr(),
-            )
+            kernels.linear_int8(is_bfloat16, rows, *pointers, row_scales.data_ptr(), out.data_ptr())
         else:
-            pointers = (x.data_ptr(), scratch.data_ptr(), out.data_ptr())
-            kernels.linear(is_bfloat16, rows, packed.pointer, *pointers)
+            kernels.linear(is_bfloat16, rows, *pointers, out.data_ptr())
         return out
+
+    def argmax(self, x: torch.Tensor) -> torch.Tensor | None:
+        """See `RankingProduct`."""
+        is_bfloat16, scratch, row_scales = self._memory(x)
+        out = torch.empty(x.shape[0], dtype=torch.int32)
+        pointers = (self.packed.pointer, x.data_ptr(), scratch.data_ptr(), row_scales.data_ptr())
+        done = self._kernels.linear_argmax(
+            is_bfloat16, self.is_int8, x.shape[0], *pointers, out.data_ptr()
+        )
+        return out if done else None
+
+    def _memory(self, x: torch.Tensor) -> tuple[bool, torch.Tensor, torch.Tensor]:
+        """Whether x is bfloat16, and memory for what it is multiplied as and its rows' scales."""
+        assert x.is_contiguous() and x.shape[1] == self.packed.inputs, (x.shape, self.packed.inputs)
+        scratch = torch.empty(x.numel() * self.scratch_bytes, dtype=torch.uint8)
+        row_scales = torch.empty(x.shape[0] if self.is_int8 else 0)
+        return x.dtype == torch.bfloat16, scratch, row_scales
 
 
 class _Packed:

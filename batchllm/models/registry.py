@@ -46,6 +46,10 @@ class Model(Protocol):
         """Logits [n, vocab_size]."""
         ...
 
+    def greedy(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The first largest of each row's, an integer [n]."""
+        ...
+
 
 _MODELS = {
     "LlamaForCausalLM": LlamaModel,

@@ -48,6 +48,9 @@ class NativeKernels:
         self.linear.argtypes = [c_int32, c_int64, *[c_void_p] * 4]
         self.linear_int8 = library.batchllm_linear_int8
         self.linear_int8.argtypes = [c_int32, c_int64, *[c_void_p] * 5]
+        self.linear_argmax = library.batchllm_linear_argmax
+        self.linear_argmax.argtypes = [c_int32, c_int32, c_int64, *[c_void_p] * 5]
+        self.linear_argmax.restype = c_int32
         self.block = library.batchllm_block
         self.block.argtypes = [c_void_p, c_void_p, c_int64, c_void_p]
         self.layers = library.batchllm_layers

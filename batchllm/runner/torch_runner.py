@@ -1,7 +1,5 @@
 """The runner: a batch through the model, on torch."""
 
-from collections.abc import Iterator
-
 import numpy as np
 import torch
 
@@ -11,8 +9,8 @@ from batchllm.models.registry import Model
 from batchllm.runner.forward import PlannedStep, run_layers
 from batchllm.runner.kv_cache import KVCache
 from batchllm.runner.model_input import ModelInput, build_model_input
-from batchllm.sampling.sampler import sample_tokens
-from batchllm.scheduler.batch import Batch, StepOutput
+from batchllm.sampling.sampler import draw_sorted, put_draws, sample_on_device
+from batchllm.scheduler.batch import Batch, Samples, StepOutput
 
 _ROWS = 256  # sampled at a time: their logits stay in the cache, and memory bounded
 
@@ -40,11 +38,9 @@ class TorchRunner:
         step = build_model_input(batch, self._block_size)
         tokens = np.empty(len(step.samples), dtype=np.int32)
         begin = 0
-        for logits in self._logits(step):
-            end = begin + len(logits)
-            tokens[begin:end] = sample_tokens(
-                logits, step.samples.part(begin, end), self.operations.argmax
-            )
+        for hidden in torch.split(self._hidden(step), _ROWS):
+            end = begin + len(hidden)
+            tokens[begin:end] = self._sample(hidden, step.samples.part(begin, end)).numpy()
             begin = end
         return StepOutput(tokens)
 
@@ -56,12 +52,20 @@ class TorchRunner:
     @torch.inference_mode()
     def logits(self, step: ModelInput) -> torch.Tensor:
         """Logits [num_samples, vocab_size] of the tokens to sample, in the model's dtype."""
-        return torch.cat(list(self._logits(step)))
+        return torch.cat(
+            [self._model.logits(part) for part in torch.split(self._hidden(step), _ROWS)]
+        )
 
-    def _logits(self, step: ModelInput) -> Iterator[torch.Tensor]:
+    def _hidden(self, step: ModelInput) -> torch.Tensor:
         model, put = self._model, torch.from_numpy
         plan = self._backend.plan(step, model.rotary(put(step.positions)))
         planned = PlannedStep(plan, put(step.token_ids), put(step.sample_rows))
-        hidden = run_layers(model, self._cache, planned)
-        for part in torch.split(hidden, _ROWS):
-            yield model.logits(part)
+        return run_layers(model, self._cache, planned)
+
+    def _sample(self, hidden: torch.Tensor, samples: Samples) -> torch.Tensor:
+        """One token for each of these hidden states; see `sample_on_device`."""
+        draws = put_draws(samples, self._model.config.vocab_size, torch.from_numpy)
+        if not draws:
+            return self._model.greedy(hidden)
+        logits = self._model.logits(hidden)
+        return sample_on_device(logits, draws, self.operations.argmax, draw_sorted)

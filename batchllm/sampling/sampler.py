@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from batchllm.request import TokenIds
 from batchllm.sampling.random import uniform
 from batchllm.scheduler.batch import NO_TOKEN, Samples
 
@@ -42,24 +41,6 @@ Draw = Callable[[torch.Tensor, Draws], torch.Tensor]
 
 `top_k` then `top_p` tell which may be drawn; a row with NaNs gets any.
 """
-
-
-def sample_tokens(logits: torch.Tensor, samples: Samples, argmax: Argmax) -> TokenIds:
-    """One token for each row of `logits` [num_samples, vocab_size], int32 [num_samples].
-
-    Greedy rows take the first largest logit, which `argmax` finds. The others are filtered as
-    Hugging Face and vLLM do, temperature, then top-k, then top-p, and drawn by inverting the
-    cumulative distribution at one uniform number that depends on the row's seed, its index and the
-    output position alone. Greedy or not, a row in which `argmax` finds none, for a NaN or because
-    the largest is infinite, gets `NO_TOKEN`.
-    """
-
-    def put(array: NDArray[Any]) -> torch.Tensor:
-        return torch.from_numpy(array).to(logits.device)
-
-    draws = put_draws(samples, logits.shape[-1], put)
-    tokens: TokenIds = sample_on_device(logits, draws, argmax, draw_sorted).cpu().numpy()
-    return tokens
 
 
 def put_draws(samples: Samples, vocab_size: int, put: Put) -> list[Draws]:
@@ -103,7 +84,13 @@ def put_draws(samples: Samples, vocab_size: int, put: Put) -> list[Draws]:
 def sample_on_device(
     logits: torch.Tensor, draws: list[Draws], argmax: Argmax, draw: Draw
 ) -> torch.Tensor:
-    """As `sample_tokens`, int32 [num_samples] on the logits' device.
+    """One token for each row of `logits` [num_samples, vocab_size], int32 on their device.
+
+    Greedy rows take the first largest logit, which `argmax` finds. The others are filtered as
+    Hugging Face and vLLM do, temperature, then top-k, then top-p, and drawn by inverting the
+    cumulative distribution at one uniform number that depends on the row's seed, its index and the
+    output position alone. Greedy or not, a row in which `argmax` finds none, for a NaN or because
+    the largest is infinite, gets `NO_TOKEN`.
 
     The host waits for nothing, unless `draw` does: `draw_sorted` waits, `draw_all_sorted` does not.
     """

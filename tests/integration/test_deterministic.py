@@ -45,19 +45,20 @@ def prompts():
 @pytest.fixture
 def logits_of(monkeypatch):
     """Answers and logits of each row and position, as bytes; and the engine that gave them."""
-    sample = torch_runner.sample_tokens
+    sample = torch_runner.TorchRunner._sample
 
     def run(model, prompts, params, **options):
         seen = {}
 
-        def look(logits, samples, *rest):
+        def look(runner, hidden, samples):
+            logits = runner._model.logits(hidden)
             rows = zip(samples.row_index.tolist(), samples.output_position.tolist(), strict=True)
             for place, row in zip(rows, logits, strict=True):
                 data = row.clone().view(torch.uint8).numpy().tobytes()
                 assert seen.setdefault(place, data) == data, "computed again, and differently"
-            return sample(logits, samples, *rest)
+            return sample(runner, hidden, samples)
 
-        monkeypatch.setattr(torch_runner, "sample_tokens", look)
+        monkeypatch.setattr(torch_runner.TorchRunner, "_sample", look)
         llm = LLM(model, **{"kv_memory": 16 << 20, **options})
         outputs = llm.generate(prompts, params)
         return [o.output_token_ids.tolist() for o in outputs], seen, llm

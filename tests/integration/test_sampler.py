@@ -17,7 +17,9 @@ def samples(count, **params):
 
 
 def sample_tokens(logits, samples):
-    return sampler.sample_tokens(logits, samples, TorchOperations().argmax)
+    draws = sampler.put_draws(samples, logits.shape[-1], torch.from_numpy)
+    argmax = TorchOperations().argmax
+    return sampler.sample_on_device(logits, draws, argmax, sampler.draw_sorted).numpy()
 
 
 def test_random_numbers_are_uniform_and_independent():

@@ -113,11 +113,72 @@ def test_inputs_that_are_no_whole_tiles_go_through_vectors(kernels, inputs):
     torch.testing.assert_close(got.double(), exact, atol=0.1, rtol=1.6e-2)
 
 
-def test_many_rows_of_more_inputs_than_stay_in_the_first_level_cache(kernels):
-    x, weight, bias = operands((300, 672, 70), True)
-    got = NativeProducts(kernels, tiles=False).pack(weight, bias)(x)
+# Rows that threads divide, in chunks of 1, 2 and 3 (in int8 1 and 2), with a last strip of few or
+# of one; rows that are few and so long that a panel does not meet them all; outputs far apart.
+MANY = [(600, 640, 70), (545, 672, 300), (530, 1344, 100), (513, 96, 1600)]
+LONG = [(70, 12288, 40), (200, 64, 16400)]
+
+
+@pytest.mark.parametrize("shape", [*MANY, *LONG])
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_many_rows_and_long_ones(kernels, shape, threads):
+    x, weight, bias = operands(shape, True)
+    own = NativeProducts(kernels, tiles=False)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        plain, rounded = own.pack(weight, bias)(x), own.pack_int8(weight, bias)(x)
+    finally:
+        torch.set_num_threads(before)
     exact = exact_product(x, weight, bias)
-    torch.testing.assert_close(got.double(), exact, atol=0.1, rtol=1.6e-2)
+    torch.testing.assert_close(plain.double(), exact, atol=0.2, rtol=1.6e-2)
+    expected = pack_torch_int8(weight, bias)(x)
+    torch.testing.assert_close(rounded, expected, atol=0.8, rtol=1.6e-2)
+
+
+@pytest.mark.parametrize("outputs", [1, 31, 32, 100])
+@pytest.mark.parametrize("rows", [1, 16, 40, 600])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_largest_output_without_the_outputs(kernels, rows, outputs, dtype):
+    x, weight, bias = operands((rows, 64, outputs), True)
+    x, weight, bias = x.sign().to(dtype), (weight * 2).round(), (bias * 8).round()
+    for each in (weight, bias):  # so that each row's largest is there twice
+        each[outputs // 2 :] = each[: outputs - outputs // 2].clone()
+    own = NativeProducts(kernels, tiles=False)
+    products = [own.pack_int8(weight, bias)]
+    if dtype == torch.bfloat16:
+        products.append(own.pack(weight, bias))
+    for product in products:
+        found = product.argmax(x)
+        assert found.tolist() == TorchOperations().argmax(product(x)).tolist()
+        assert outputs < 3 or len(set(found.tolist())) > min(rows, 4) // 2
+
+
+def test_no_rows_at_all(kernels):
+    x, weight, _ = operands((0, 64, 100), False)
+    product = NativeProducts(kernels, tiles=False).pack(weight, None)
+    assert product(x).shape == (0, 100) and product.argmax(x).shape == (0,)
+
+
+def test_what_does_not_fit_tiles_writes_its_outputs(kernels):
+    own = NativeProducts(kernels, tiles=False)
+    x, weight, _ = operands((5, 34, 70), False)
+    assert own.pack(weight, None).argmax(x) is None
+    x, weight, _ = operands((5, 64, 70), False)
+    assert own.pack(weight.float(), None).argmax(x.float()) is None
+
+
+def test_no_output_is_the_largest_where_one_is_no_number(kernels):
+    x, weight, bias = operands((50, 64, 100), True)
+    product = NativeProducts(kernels, tiles=False).pack(weight, bias)
+    expected = TorchOperations().argmax(product(x))
+    for row, bad in ((3, float("nan")), (20, float("inf")), (40, -float("inf"))):
+        x[row, 7] = bad
+        expected[row] = -1
+    assert (TorchOperations().argmax(product(x)) == expected).all()
+    assert (product.argmax(x) == expected).all()
+    infinite = torch.full((100,), -float("inf")).bfloat16()
+    assert (NativeProducts(kernels, tiles=False).pack(weight, infinite).argmax(x) == -1).all()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -136,10 +197,10 @@ def test_rows_of_no_numbers_stay_with_themselves(kernels, bad):
 
 @pytest.mark.parametrize("inputs", [128, 672])
 def test_a_row_is_the_same_whatever_rows_are_beside_it(kernels, inputs):
-    x, weight, _ = operands((100, inputs, 100), False)
+    x, weight, _ = operands((600, inputs, 100), False)
     product = NativeProducts(kernels, tiles=False).pack(weight, None)
     whole = product(x)
-    for count in (1, 15, 16, 17, 31, 32, 33, 64, 65):
+    for count in (1, 15, 16, 17, 31, 32, 33, 64, 65, 255, 512):
         assert torch.equal(product(x[:count].contiguous()), whole[:count])
 
 

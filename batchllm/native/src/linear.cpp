@@ -16,6 +16,7 @@
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
+#include <vector>
 
 #include "linear_tiles.h"
 #include "products.h"
@@ -91,7 +92,7 @@ void multiply(
 #if defined(BATCHLLM_TILES)
     if constexpr (!std::is_same_v<In, Float32Product>)
         if (fits_tiles<In>(linear))
-            return multiply_tiles<In, Out>(linear, rows, x, row_scales, out, taken);
+            return multiply_tiles<Outputs<In, Out>>(linear, rows, x, row_scales, out, taken);
 #endif
     const int64_t panels = (linear.outputs + PANEL - 1) / PANEL;
     const int64_t strips = (rows + LINEAR_ROWS - 1) / LINEAR_ROWS;
@@ -141,22 +142,31 @@ void widen_row(const typename T::Value* row, int64_t size, float* wide) {
     for (int64_t j = whole; j < size; j++) wide[j] = T::get(row[j]);
 }
 
-template <typename T>
-void linear_int8(
-    int64_t rows, const PackedLinear& linear, const void* x, void* memory, float* row_scales,
-    void* out) {
+// Rounds all rows, in a parallel region whose threads then call `multiply`.
+template <typename T, typename Multiply>
+void round_rows(
+    int64_t rows, int64_t size, const void* x, void* memory, float* row_scales, Multiply multiply) {
     Int8Product::Value* rounded = static_cast<Int8Product::Value*>(memory);
-    Taken taken[MOST_PARTS];
 #pragma omp parallel
     {
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < rows; i++)
             row_scales[i] = round_row<T>(
-                static_cast<const typename T::Value*>(x) + i * linear.inputs, linear.inputs,
-                rounded + i * linear.inputs);
-        multiply<Int8Product, T>(
-            linear, rows, rounded, row_scales, static_cast<typename T::Value*>(out), taken);
+                static_cast<const typename T::Value*>(x) + i * size, size, rounded + i * size);
+        multiply(rounded);
     }
+}
+
+template <typename T>
+void linear_int8(
+    int64_t rows, const PackedLinear& linear, const void* x, void* memory, float* row_scales,
+    void* out) {
+    Taken taken[MOST_PARTS];
+    round_rows<T>(
+        rows, linear.inputs, x, memory, row_scales, [&](const Int8Product::Value* rounded) {
+            multiply<Int8Product, T>(
+                linear, rows, rounded, row_scales, static_cast<typename T::Value*>(out), taken);
+        });
 }
 
 template <typename Product, typename T>
@@ -176,6 +186,39 @@ void linear_plain(
         multiply<Product, T>(linear, rows, widened, nullptr, to, taken);
     }
 }
+
+#if defined(BATCHLLM_TILES)
+// Each row's largest, among a thread's outputs, then among all threads'; called by each of them.
+template <typename In, typename Out>
+void rank_tiles(
+    const PackedLinear& linear, int64_t rows, const typename In::Value* x, const float* row_scales,
+    std::vector<Largest>& largest, Taken* taken) {
+    std::vector<Largest> own(rows);
+    multiply_tiles<LargestOutputs<In, Out>>(linear, rows, x, row_scales, own.data(), taken);
+#pragma omp critical(batchllm_rank)
+    for (int64_t i = 0; i < rows; i++) largest[i].meet(own[i].value, own[i].index);
+}
+
+template <typename T>
+void linear_argmax(
+    bool is_int8, int64_t rows, const PackedLinear& linear, const void* x, void* memory,
+    float* row_scales, int32_t* out) {
+    std::vector<Largest> largest(rows);
+    Taken taken[MOST_PARTS];
+    if (is_int8) {
+        round_rows<T>(
+            rows, linear.inputs, x, memory, row_scales, [&](const Int8Product::Value* rounded) {
+                rank_tiles<Int8Product, T>(linear, rows, rounded, row_scales, largest, taken);
+            });
+    } else if constexpr (T::GROUP == 2) {
+#pragma omp parallel
+        rank_tiles<Bfloat16Product, T>(
+            linear, rows, static_cast<const typename T::Value*>(x), nullptr, largest, taken);
+    }
+    for (int64_t i = 0; i < rows; i++)
+        out[i] = std::isfinite(largest[i].value) ? largest[i].index : -1;
+}
+#endif
 
 }  // namespace
 
@@ -211,6 +254,21 @@ void batchllm_linear_int8(
     float* row_scales, void* out) {
     (is_bfloat16 ? linear_int8<Bfloat16> : linear_int8<Float32>)(
         rows, *linear, x, rounded, row_scales, out);
+}
+
+int32_t batchllm_linear_argmax(
+    int32_t is_bfloat16, int32_t is_int8, int64_t rows, const PackedLinear* linear, const void* x,
+    void* rounded, float* row_scales, int32_t* out) {
+#if defined(BATCHLLM_TILES)
+    const bool fits = is_int8 ? fits_tiles<Int8Product>(*linear)
+                              : is_bfloat16 && fits_tiles<Bfloat16Product>(*linear);
+    if (fits)
+        (is_bfloat16 ? linear_argmax<Bfloat16> : linear_argmax<Float32>)(
+            is_int8, rows, *linear, x, rounded, row_scales, out);
+    return fits;
+#else
+    return 0;
+#endif
 }
 
 }

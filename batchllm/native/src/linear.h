@@ -50,4 +50,11 @@ void batchllm_linear_int8(
     int32_t is_bfloat16, int64_t rows, const PackedLinear* linear, const void* x, void* rounded,
     float* row_scales, void* out);
 
+// out [rows]: of each row the first largest of those outputs, as bfloat16 or float32 holds them; -1
+// where one is not a number, or the largest is infinite. The outputs are not written. Returns
+// whether it was done: only matrix tiles do it. `rounded` and `row_scales` are memory for int8.
+int32_t batchllm_linear_argmax(
+    int32_t is_bfloat16, int32_t is_int8, int64_t rows, const PackedLinear* linear, const void* x,
+    void* rounded, float* row_scales, int32_t* out);
+
 }

@@ -1,7 +1,7 @@
 // Products in matrix tiles: strips of up to 32 rows times the panels of linear.cpp.
 //
-// A step of a strip and a panel is four products of tiles. To read their four operands takes half as
-// long from the first-level cache, and longer from the second, which two of them may come from.
+// A step of a strip and a panel is four products of tiles. To read their operands takes half as
+// long from the first-level cache, and longer from the second, which two of the four may come from.
 // What comes next is fetched there.
 //
 // Few rows stay in the second-level cache, and every panel is read from memory once and meets them
@@ -16,9 +16,7 @@
 #include <algorithm>
 #include <atomic>
 
-#include "linear.h"
-#include "products.h"
-#include "tiles.h"
+#include "linear_sums.h"
 
 constexpr int MOST_PARTS = 64;  // of a product's rows
 
@@ -30,12 +28,11 @@ struct alignas(64) Taken {
 };
 
 #if defined(BATCHLLM_TILES)
-constexpr int TILE_STRIP = 2 * TILE_ROWS;    // rows
-constexpr int TILE_PANEL = 2 * W;            // outputs
 constexpr int64_t CHUNK_BYTES = 20 * TILE_BYTES;  // of a row, whose strip stays where it is
 constexpr int64_t GROUP_BYTES = 600 * 1024;       // of panels, in the second-level cache
 constexpr int64_t ROWS_BYTES = 400 * 1024;        // of rows that stay there beside them
 constexpr int64_t BLOCK_BYTES = 1536 * 1024;      // and beside one panel
+constexpr int64_t WIDE_BYTES = 32 * 1024;         // of a row's outputs
 constexpr int MOST_IN_CHUNKS = GROUP_BYTES / (CHUNK_BYTES * TILE_PANEL) + 1;  // panels a group
 constexpr int64_t PART_STRIPS = 8;  // for fewer a thread does not read all of a weight
 
@@ -64,77 +61,6 @@ struct Fetch {
     }
 };
 
-// The sums of a strip and a panel on their way to the outputs, while the next strip is multiplied:
-// what was stored from tiles is not read at once, and the vectors' work hides behind the tiles'.
-template <typename In, typename Out>
-class Outputs {
-    typedef typename In::Sums Sums;
-    alignas(64) Sums sums[TILE_STRIP][2];
-    Sums start[2]{};
-    Floats scale[2]{}, bias[2]{};
-    const float* row_scales = nullptr;
-    typename Out::Value* out = nullptr;
-    int64_t stride = 0, left = 0;
-    int row = 0, rows = 0;
-    bool gated = false;
-
-    INLINE Floats value(int n) const {
-        if constexpr (In::SCALED)
-            return In::floats(sums[row][n] + start[n]) * (scale[n] * row_scales[row]) + bias[n];
-        else
-            return sums[row][n] + bias[n];
-    }
-
-    // Of the last panel there may be less than a panel's outputs.
-    __attribute__((noinline)) void write_first(typename Out::Value* to) const {
-        for (int64_t i = 0; i < left; i++) to[i] = Out::put(value(int(i / W))[i % W]);
-    }
-
-  public:
-    // Tiles FIRST and its neighbour are the sums of the rows from `at` on.
-    template <int FIRST>
-    INLINE void store(int at) {
-        store_tile<FIRST>(sums[at], sizeof sums[0]);
-        store_tile<FIRST + 1>(&sums[at][1], sizeof sums[0]);
-    }
-
-    // What was stored is this: `count` rows of x, `scales` and `to` being theirs.
-    INLINE void begin(
-        const PackedLinear& linear, int64_t panel, int count, const float* scales,
-        typename Out::Value* to) {
-        const int64_t first = panel * TILE_PANEL;
-        for (int n = 0; n < 2; n++) {
-            if constexpr (In::SCALED) {
-                start[n] = load<Sums>(linear.starts + first + n * W);
-                scale[n] = load<Floats>(linear.scales + first + n * W);
-            }
-            if (linear.bias != nullptr) bias[n] = load<Floats>(linear.bias + first + n * W);
-        }
-        row_scales = scales;
-        gated = linear.gated != 0;
-        out = to + (gated ? first / 2 : first);
-        stride = gated ? linear.outputs / 2 : linear.outputs;
-        left = linear.outputs - first;
-        row = 0;
-        rows = count;
-    }
-
-    // Writes the next `count` rows that wait, if there are.
-    INLINE void write(int count) {
-        for (const int end = std::min(row + count, rows); row < end; row++) {
-            typename Out::Value* to = out + row * stride;
-            if (gated)
-                Out::narrow(to, silu<Out::COARSE>(value(0)) * value(1));
-            else if (left >= TILE_PANEL)
-                Out::narrow(to, value(0)), Out::narrow(to + W, value(1));
-            else
-                write_first(to);
-        }
-    }
-
-    INLINE void write_all() { write(TILE_STRIP); }
-};
-
 // Steps of the summed axis, and what the ones before came to, unless they are the first.
 template <typename In>
 struct Chunk {
@@ -144,11 +70,12 @@ struct Chunk {
 
 // Of more than TILE_ROWS rows, and at most TILE_STRIP. Either the rows or the panel are used again,
 // and are to stay in the first-level cache.
-template <typename In, typename Out, bool ROWS_STAY>
+template <typename Sink, bool ROWS_STAY>
 void multiply_strip_tiles(
-    const PackedLinear& linear, int rows, const typename In::Value* x, const float* row_scales,
-    int64_t panel, typename Out::Value* out, Fetch& fetch, Outputs<In, Out>& outputs,
-    const Chunk<In>& chunk) {
+    const PackedLinear& linear, int rows, const typename Sink::Product::Value* x,
+    const float* row_scales, int64_t panel, typename Sink::To* out, Fetch& fetch, Sink& sink,
+    const Chunk<typename Sink::Product>& chunk) {
+    typedef typename Sink::Product In;
     const int64_t row_bytes = linear.inputs * int64_t(sizeof(*x));
     const int64_t steps = chunk.end - chunk.begin;
     const char* weight = static_cast<const char*>(linear.panels) +
@@ -182,14 +109,14 @@ void multiply_strip_tiles(
         multiply_tile<In, 2, 5, 6>();
         multiply_tile<In, 3, 5, 7>();
         fetching.some();
-        outputs.write(written);
+        sink.write(written);
         weight += TILE_PANEL * TILE_BYTES;
     }
     fetch = fetching;
     if (chunk.end * TILE_BYTES == row_bytes) {
-        outputs.template store<0>(0);
-        outputs.template store<2>(TILE_ROWS);
-        outputs.begin(linear, panel, rows, row_scales, out);
+        sink.template store<0>(0);
+        sink.template store<2>(TILE_ROWS);
+        sink.begin(linear, panel, rows, row_scales, out);
     } else {
         store_tile<0>(earlier(0, 0), STRIDE), store_tile<1>(earlier(0, 1), STRIDE);
         store_tile<2>(earlier(TILE_ROWS, 0), STRIDE), store_tile<3>(earlier(TILE_ROWS, 1), STRIDE);
@@ -197,10 +124,11 @@ void multiply_strip_tiles(
 }
 
 // At most TILE_ROWS rows, and PANELS panels side by side: sums wait for their last term.
-template <typename In, typename Out, int PANELS>
+template <typename Sink, int PANELS>
 void multiply_few_tiles(
-    const PackedLinear& linear, int rows, const typename In::Value* x, const float* row_scales,
-    int64_t panel, typename Out::Value* out, Fetch& fetch, Outputs<In, Out>& outputs) {
+    const PackedLinear& linear, int rows, const typename Sink::Product::Value* x,
+    const float* row_scales, int64_t panel, typename Sink::To* out, Fetch& fetch, Sink& sink) {
+    typedef typename Sink::Product In;
     const int64_t row_bytes = linear.inputs * int64_t(sizeof(*x));
     const int64_t steps = row_bytes / TILE_BYTES, panel_bytes = row_bytes * TILE_PANEL;
     const char* weight = static_cast<const char*>(linear.panels) + panel * panel_bytes;
@@ -222,17 +150,17 @@ void multiply_few_tiles(
             multiply_tile<In, 3, 4, 6>();
         }
         fetching.some();
-        outputs.write(written);
+        sink.write(written);
         weight += TILE_PANEL * TILE_BYTES;
     }
     fetch = fetching;
-    outputs.write_all();
-    outputs.template store<0>(0);
-    outputs.begin(linear, panel, rows, row_scales, out);
+    sink.write(TILE_STRIP);
+    sink.template store<0>(0);
+    sink.begin(linear, panel, rows, row_scales, out);
     if constexpr (PANELS == 2) {
-        outputs.write_all();
-        outputs.template store<2>(0);
-        outputs.begin(linear, panel + 1, rows, row_scales, out);
+        sink.write(TILE_STRIP);
+        sink.template store<2>(0);
+        sink.begin(linear, panel + 1, rows, row_scales, out);
     }
 }
 
@@ -247,19 +175,20 @@ INLINE TileShape strip_shape(int rows) {
 }
 
 // One product, for whoever takes a part of it: a thread of a parallel region.
-template <typename In, typename Out>
+template <typename Sink>
 class TileWork {
+    typedef typename Sink::Product In;
     typedef typename In::Value Value;
     const PackedLinear& linear;
     const int64_t rows;
     const Value* const x;
     const float* const row_scales;
-    typename Out::Value* const out;
+    typename Sink::To* const out;
     Taken* const taken;  // [MOST_PARTS]
     const int64_t panels, steps, row_bytes, panel_bytes, strips, out_width;
     const int64_t threads = omp_get_num_threads();
     Fetch next_strip, next_panels;
-    Outputs<In, Out> outputs;
+    Sink sink;
     alignas(64) typename In::Sums partial[MOST_IN_CHUNKS][TILE_STRIP][2];  // of a strip in chunks
     int shaped = 0;
 
@@ -286,14 +215,14 @@ class TileWork {
         Fetch& fetch = next_strip.next < next_strip.end ? next_strip : next_panels;
         function(
             linear, here, x + row * linear.inputs, row_scales + row, panel, out + row * out_width,
-            fetch, outputs, more...);
+            fetch, sink, more...);
     }
 
     // A strip and the panels of a group.
     void multiply_group(int64_t strip, int64_t first, int64_t last) {
         if (rows_of(strip) <= TILE_ROWS) {
             for (int64_t panel = first; panel < last; panel++)
-                multiply(multiply_few_tiles<In, Out, 1>, strip, panel);
+                multiply(multiply_few_tiles<Sink, 1>, strip, panel);
             return;
         }
         const int64_t chunks = (row_bytes + CHUNK_BYTES - 1) / CHUNK_BYTES;
@@ -301,7 +230,7 @@ class TileWork {
             Chunk<In> chunk{steps * c / chunks, steps * (c + 1) / chunks, partial[0]};
             for (int64_t panel = first; panel < last; panel++) {
                 chunk.partial = partial[panel - first];
-                multiply(multiply_strip_tiles<In, Out, true>, strip, panel, chunk);
+                multiply(multiply_strip_tiles<Sink, true>, strip, panel, chunk);
             }
         }
     }
@@ -321,7 +250,8 @@ class TileWork {
             next_panels = next_strip = {};
             if (next < groups)
                 next_panels = fetch_panels(
-                    first(next), first(next + 1), (end - begin) * strip_steps / (rows_stay ? 1 : 2));
+                    first(next), first(next + 1),
+                    (end - begin) * strip_steps / (rows_stay ? 1 : 2));
             for (int64_t s = begin; s < end; s++) {
                 if (!rows_stay && (s + 1 < end || next < groups))
                     next_strip = fetch_strip(s + 1 < end ? s + 1 : begin, strip_steps / 2);
@@ -333,7 +263,7 @@ class TileWork {
   public:
     TileWork(
         const PackedLinear& linear, int64_t rows, const Value* x, const float* row_scales,
-        typename Out::Value* out, Taken* taken)
+        typename Sink::To* out, Taken* taken)
         : linear(linear),
           rows(rows),
           x(x),
@@ -345,17 +275,20 @@ class TileWork {
           row_bytes(steps * TILE_BYTES),
           panel_bytes(row_bytes * TILE_PANEL),
           strips((rows + TILE_STRIP - 1) / TILE_STRIP),
-          out_width(linear.gated ? linear.outputs / 2 : linear.outputs) {}
+          out_width(Sink::width(linear)) {}
     TileWork(const TileWork&) = delete;
     ~TileWork() {
-        outputs.write_all();
+        sink.write(TILE_STRIP);
         release_tiles();
     }
 
     // Whether strips should meet groups of panels: there are rows for several parts, or more than
-    // the second-level cache keeps for each panel to meet.
+    // the second-level cache keeps for each panel to meet. Or a panel's outputs are lines of it so
+    // far apart that they push each other out.
     bool rows_are_many() const {
-        return strips >= 2 * PART_STRIPS || (strips > 2 && rows * row_bytes > BLOCK_BYTES);
+        const bool apart = out_width * int64_t(sizeof(*out)) >= WIDE_BYTES;
+        return strips >= 2 * PART_STRIPS || (strips > 2 && rows * row_bytes > BLOCK_BYTES) ||
+               (strips > 4 && apart);
     }
 
     // All rows meet a panel. A thread asks for its next panels before it needs them, to fetch them.
@@ -379,12 +312,12 @@ class TileWork {
                 for (int64_t s = 0; s < strips; s++)
                     if (rows_of(s) > TILE_ROWS)
                         multiply(
-                            multiply_strip_tiles<In, Out, false>, s, panel,
+                            multiply_strip_tiles<Sink, false>, s, panel,
                             Chunk<In>{0, steps, nullptr});
                     else if (step == 2)
-                        multiply(multiply_few_tiles<In, Out, 2>, s, panel);
+                        multiply(multiply_few_tiles<Sink, 2>, s, panel);
                     else
-                        multiply(multiply_few_tiles<In, Out, 1>, s, panel);
+                        multiply(multiply_few_tiles<Sink, 1>, s, panel);
             }
         }
     }
@@ -398,12 +331,12 @@ class TileWork {
     }
 };
 
-// All rows times all panels; called by every thread of a parallel region.
-template <typename In, typename Out>
+template <typename Sink>
 void multiply_tiles(
-    const PackedLinear& linear, int64_t rows, const typename In::Value* x, const float* row_scales,
-    typename Out::Value* out, Taken* taken) {
-    TileWork<In, Out> work(linear, rows, x, row_scales, out, taken);
+    const PackedLinear& linear, int64_t rows, const typename Sink::Product::Value* x,
+    const float* row_scales, typename Sink::To* out, Taken* taken) {
+    if (rows == 0) return;
+    TileWork<Sink> work(linear, rows, x, row_scales, out, taken);
     if (work.rows_are_many())
         work.by_groups();
     else
