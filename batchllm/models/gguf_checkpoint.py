@@ -7,7 +7,9 @@ of blocks.
 """
 
 import re
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,6 +52,7 @@ _TENSOR_NAME = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<part>\w+)\.(?P<kind>we
 # Enough elements that numpy's overhead vanishes, few enough that a chunk stays in the cache.
 _CHUNK_ELEMENTS = 1 << 20
 _COPY_ELEMENTS = 1 << 15
+_MOST_THREADS = 8  # that dequantise: memory is no faster for more
 
 
 class GGUFCheckpoint:
@@ -91,28 +94,46 @@ class GGUFCheckpoint:
     def weights(
         self, dtype: "torch.dtype | None" = None, cut: Cut = whole
     ) -> Iterator[tuple[str, "torch.Tensor"]]:
-        """Yield (canonical name, tensor) one at a time, dequantised to `dtype` (or float32)."""
+        """Yield (canonical name, tensor) one at a time, dequantised to `dtype` (or float32).
+
+        The next few are dequantised meanwhile, each by a thread of its own.
+        """
         import torch
 
-        for name, tensor in self._tensors.items():
-            part = cut(name, tensor.shape)
-            if part is None:
-                continue
-            # Piece by piece, so not where torch's default would have it.
-            shape = part_shape(tensor.shape, part)
-            out = torch.empty(shape, dtype=dtype or torch.float32, device="cpu")
-            flat = out.view(-1)
-            rows, columns = self._places(name, tensor, part)
-            start = 0
-            for chunk in dequantized_chunks(self._file.rows(tensor)[rows], tensor):
-                # In pieces too small for torch to use threads: meeting at a barrier a thousand
-                # times costs more than it gains, and ten times more when the cores are shared.
-                values = torch.from_numpy(chunk[:, columns].reshape(-1))
-                for i in range(0, len(values), _COPY_ELEMENTS):
-                    piece = values[i : i + _COPY_ELEMENTS]
-                    flat[start + i : start + i + len(piece)] = piece
-                start += len(values)
-            yield name, out
+        threads = min(torch.get_num_threads(), _MOST_THREADS)
+        coming: deque[tuple[str, Future[torch.Tensor]]] = deque()
+        with ThreadPoolExecutor(threads) as pool:
+            for name, tensor in self._tensors.items():
+                part = cut(name, tensor.shape)
+                if part is None:
+                    continue
+                if len(coming) == threads:
+                    ready, weight = coming.popleft()
+                    yield ready, weight.result()
+                kind = dtype or torch.float32
+                coming.append((name, pool.submit(self._weight, name, tensor, part, kind)))
+            for ready, weight in coming:
+                yield ready, weight.result()
+
+    def _weight(
+        self, name: str, tensor: GGUFTensor, part: Part, dtype: "torch.dtype"
+    ) -> "torch.Tensor":
+        import torch
+
+        # Piece by piece, so not where torch's default would have it.
+        out = torch.empty(part_shape(tensor.shape, part), dtype=dtype, device="cpu")
+        flat = out.view(-1)
+        rows, columns = self._places(name, tensor, part)
+        start = 0
+        for chunk in dequantized_chunks(self._file.rows(tensor)[rows], tensor):
+            # In pieces too small for torch to use threads: meeting at a barrier a thousand times
+            # costs more than it gains, and ten times more when the cores are shared.
+            values = torch.from_numpy(chunk[:, columns].reshape(-1))
+            for i in range(0, len(values), _COPY_ELEMENTS):
+                piece = values[i : i + _COPY_ELEMENTS]
+                flat[start + i : start + i + len(piece)] = piece
+            start += len(values)
+        return out
 
     def _places(self, name: str, tensor: GGUFTensor, part: Part) -> tuple[_Index, _Index]:
         """Which rows, and what of each, are a part of a tensor in the file."""
