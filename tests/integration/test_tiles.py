@@ -168,6 +168,19 @@ def test_what_does_not_fit_tiles_writes_its_outputs(kernels):
     assert own.pack(weight.float(), None).argmax(x.float()) is None
 
 
+def test_the_first_of_equal_outputs_whichever_thread_is_done_first(kernels):
+    x, weight, _ = operands((2, 64, 2000), False)
+    x[1] = 0  # all are
+    weight[37] = weight[1990] = 9 * x[0].sign()
+    product = NativeProducts(kernels, tiles=False).pack(weight, None)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        assert {tuple(product.argmax(x).tolist()) for _ in range(100)} == {(37, 0)}
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_no_output_is_the_largest_where_one_is_no_number(kernels):
     x, weight, bias = operands((50, 64, 100), True)
     product = NativeProducts(kernels, tiles=False).pack(weight, bias)
@@ -177,6 +190,8 @@ def test_no_output_is_the_largest_where_one_is_no_number(kernels):
         expected[row] = -1
     assert (TorchOperations().argmax(product(x)) == expected).all()
     assert (product.argmax(x) == expected).all()
+    bias[5], bias[60] = float("nan"), 100.0
+    assert (NativeProducts(kernels, tiles=False).pack(weight, bias).argmax(x) == -1).all()
     infinite = torch.full((100,), -float("inf")).bfloat16()
     assert (NativeProducts(kernels, tiles=False).pack(weight, infinite).argmax(x) == -1).all()
 

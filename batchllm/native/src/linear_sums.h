@@ -104,14 +104,15 @@ class Outputs : public StoredSums<In> {
     }
 };
 
-// A row's largest output so far, and the first that is so large; once not a number, always.
+// A row's largest output so far, and the first that is so large. Nothing is larger than what is no
+// number.
 struct Largest {
     float value = -INFINITY;
     int32_t index = -1;
 
     void meet(float other, int64_t at) {
-        const bool more = other > value || (other == value && at < index);
-        if (!std::isnan(value) && (more || std::isnan(other))) *this = {other, int32_t(at)};
+        if (other > value || (other == value && at < index) || std::isnan(other))
+            *this = {other, int32_t(at)};
     }
 };
 
