@@ -10,7 +10,7 @@ import torch
 from batchllm.models.linear import Product
 from batchllm.models.native_linear import NativeProduct
 from batchllm.models.operations import CompiledAttend, LayerParts
-from batchllm.native.kernels import NativeKernels
+from batchllm.native.kernels import NativeKernels, whole_strips
 
 
 class _Block(ctypes.Structure):
@@ -75,14 +75,14 @@ class NativeBlocks:
     def start(self, hidden: torch.Tensor) -> "NativePass":
         """See `Blocks`."""
         assert hidden.is_contiguous()
-        rows, inner = hidden.shape[0], self._inner_size
+        rows, size = hidden.shape
+        inner, room = self._inner_size, whole_strips(rows)
         gate_up = 0 if self._gated else 2 * inner
         tensors = [
             hidden,
-            torch.empty_like(hidden),
-            torch.empty_like(hidden),
-            *[hidden.new_empty(rows, size) for size in (gate_up, inner, self._qkv_size)],
-            torch.empty(rows * self._scratch_bytes, dtype=torch.uint8),
+            *[hidden.new_empty(room, each) for each in (size, size, gate_up, inner)],
+            hidden.new_empty(rows, self._qkv_size),
+            torch.empty(room * self._scratch_bytes, dtype=torch.uint8),
             torch.empty(rows),
         ]
         return NativePass(self._kernels, self._blocks, tensors)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from batchllm.models.linear import Product, pack_torch, pack_torch_int8, round_to_int8
-from batchllm.native.kernels import NativeKernels
+from batchllm.native.kernels import NO_STRIPS, NativeKernels, whole_strips
 from batchllm.native.pages import Slabs
 
 _OFFSET = 128  # what x is stored with, see linear.cpp
@@ -108,11 +108,12 @@ class NativeProduct:
         kernels, packed, rows = self._kernels, self.packed, x.shape[0]
         is_bfloat16, scratch, row_scales = self._memory(x)
         out = x.new_empty(rows, packed.outputs)
-        pointers = (packed.pointer, x.data_ptr(), scratch.data_ptr())
+        pointers = [packed.pointer, x.data_ptr(), scratch.data_ptr()]
         if self.is_int8:
-            kernels.linear_int8(is_bfloat16, rows, *pointers, row_scales.data_ptr(), out.data_ptr())
+            pointers += [row_scales.data_ptr(), out.data_ptr()]
+            kernels.linear_int8(is_bfloat16, rows, *pointers, NO_STRIPS)
         else:
-            kernels.linear(is_bfloat16, rows, *pointers, out.data_ptr())
+            kernels.linear(is_bfloat16, rows, *pointers, out.data_ptr(), NO_STRIPS)
         return out
 
     def argmax(self, x: torch.Tensor) -> torch.Tensor | None:
@@ -128,7 +129,9 @@ class NativeProduct:
     def _memory(self, x: torch.Tensor) -> tuple[bool, torch.Tensor, torch.Tensor]:
         """Whether x is bfloat16, and memory for what it is multiplied as and its rows' scales."""
         assert x.is_contiguous() and x.shape[1] == self.packed.inputs, (x.shape, self.packed.inputs)
-        scratch = torch.empty(x.numel() * self.scratch_bytes, dtype=torch.uint8)
+        scratch = torch.empty(
+            whole_strips(x.shape[0]) * x.shape[1] * self.scratch_bytes, dtype=torch.uint8
+        )
         row_scales = torch.empty(x.shape[0] if self.is_int8 else 0)
         return x.dtype == torch.bfloat16, scratch, row_scales
 

@@ -9,7 +9,7 @@ from batchllm.models.linear import Product
 from batchllm.models.native_blocks import NativeBlocks
 from batchllm.models.native_linear import NativeProducts
 from batchllm.models.operations import LayerParts
-from batchllm.native.kernels import NativeKernels, only_torch_has_tiles
+from batchllm.native.kernels import NO_STRIPS, NativeKernels, only_torch_has_tiles
 
 
 class NativeOperations:
@@ -60,6 +60,7 @@ class NativeOperations:
             None if delta is None else delta.data_ptr(),
             weight.data_ptr(),
             out.data_ptr(),
+            NO_STRIPS,
         )
         return out
 

@@ -27,6 +27,9 @@ _NEEDS: dict[str, frozenset[str]] = {
 # Intel's processors multiply pairs of bfloat16 at half the rate of floats, so widening is faster.
 _SLOW_BF16 = "GenuineIntel"
 
+NO_STRIPS = 0  # rows lie one behind the other
+_STRIP = 32  # rows that matrix tiles take at once; see native/src/strips.h
+
 
 class NativeKernels:
     """The kernels compiled for one kind of processor. Pointers are to contiguous memory."""
@@ -39,15 +42,15 @@ class NativeKernels:
         self.attention = library.batchllm_attention
         self.attention.argtypes = [c_void_p, c_void_p]
         self.add_rms_norm = library.batchllm_add_rms_norm
-        self.add_rms_norm.argtypes = [c_int32, c_int64, c_int64, c_float, *[c_void_p] * 4]
+        self.add_rms_norm.argtypes = [c_int32, c_int64, c_int64, c_float, *[c_void_p] * 4, c_int32]
         self.silu_and_multiply = library.batchllm_silu_and_multiply
         self.silu_and_multiply.argtypes = [c_int32, c_int64, c_int64, c_void_p, c_void_p]
         self.argmax = library.batchllm_argmax
         self.argmax.argtypes = [c_int32, c_int64, c_int64, c_void_p, c_void_p]
         self.linear = library.batchllm_linear
-        self.linear.argtypes = [c_int32, c_int64, *[c_void_p] * 4]
+        self.linear.argtypes = [c_int32, c_int64, *[c_void_p] * 4, c_int32]
         self.linear_int8 = library.batchllm_linear_int8
-        self.linear_int8.argtypes = [c_int32, c_int64, *[c_void_p] * 5]
+        self.linear_int8.argtypes = [c_int32, c_int64, *[c_void_p] * 5, c_int32]
         self.linear_argmax = library.batchllm_linear_argmax
         self.linear_argmax.argtypes = [c_int32, c_int32, c_int64, *[c_void_p] * 5]
         self.linear_argmax.restype = c_int32
@@ -115,6 +118,11 @@ def library_path(name: str, home: Path = _HERE) -> Path | None:
     """
     found = [home / f"_{name}{suffix}" for suffix in EXTENSION_SUFFIXES]
     return next((path for path in found if path.exists()), None)
+
+
+def whole_strips(rows: int) -> int:
+    """As many rows as whole strips have: where rows lie in strips, there is memory for so many."""
+    return -(-rows // _STRIP) * _STRIP
 
 
 def _flags(cpuinfo: Path) -> frozenset[str]:

@@ -26,7 +26,8 @@ struct Block {
 
 // A step's activations, [rows, size] each: hidden, normed and delta of the hidden size, gate_up of
 // both gates and what is up unless the weight is gated, inner of what comes of them. `scratch` is as
-// large as the largest product wants, `row_scales` [rows].
+// large as the largest product wants, `row_scales` [rows]. All but hidden and qkv may be in strips,
+// and are as large as whole ones.
 struct BlockMemory {
     void* hidden;
     void* normed;

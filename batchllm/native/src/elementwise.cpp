@@ -4,27 +4,31 @@
 #include <cmath>
 
 #include "simd.h"
+#include "strips.h"
 
 namespace {
 
-// hidden += delta (where there is one), then normed = hidden / rms(hidden) * weight.
+// hidden += delta (where there is one), then normed = hidden / rms(hidden) * weight. delta and
+// normed may be in strips.
 template <typename T>
 void add_rms_norm(
     int64_t rows, int64_t size, float epsilon, void* hidden, const void* delta, const void* weight,
-    void* normed) {
+    void* normed, bool strips) {
     typedef typename T::Value Value;
     const int64_t whole = size - size % W;
     const Value* scale = static_cast<const Value*>(weight);
+    const Rows<const Value> deltas(static_cast<const Value*>(delta), size, strips);
+    const Rows<Value> outs(static_cast<Value*>(normed), size, strips);
 #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < rows; i++) {
         Value* row = static_cast<Value*>(hidden) + i * size;
-        Value* to = static_cast<Value*>(normed) + i * size;
+        Value* to = outs.row(i);
         if (delta != nullptr) {
-            const Value* more = static_cast<const Value*>(delta) + i * size;
+            const Value* more = deltas.row(i);
             for (int64_t j = 0; j < whole; j += W)
-                T::narrow(row + j, T::widen(row + j) + T::widen(more + j));
+                T::narrow(row + j, T::widen(row + j) + T::widen(more + deltas.place(j)));
             for (int64_t j = whole; j < size; j++)
-                row[j] = T::put(T::get(row[j]) + T::get(more[j]));
+                row[j] = T::put(T::get(row[j]) + T::get(more[deltas.place(j)]));
         }
         Floats squares{};
         for (int64_t j = 0; j < whole; j += W) {
@@ -35,9 +39,9 @@ void add_rms_norm(
         for (int64_t j = whole; j < size; j++) total += T::get(row[j]) * T::get(row[j]);
         const float inverse = 1.0f / std::sqrt(total / float(size) + epsilon);
         for (int64_t j = 0; j < whole; j += W)
-            T::narrow(to + j, T::widen(row + j) * inverse * T::widen(scale + j));
+            T::narrow(to + outs.place(j), T::widen(row + j) * inverse * T::widen(scale + j));
         for (int64_t j = whole; j < size; j++)
-            to[j] = T::put(T::get(row[j]) * inverse * T::get(scale[j]));
+            to[outs.place(j)] = T::put(T::get(row[j]) * inverse * T::get(scale[j]));
     }
 }
 
@@ -101,9 +105,9 @@ extern "C" {
 
 void batchllm_add_rms_norm(
     int32_t is_bfloat16, int64_t rows, int64_t size, float epsilon, void* hidden,
-    const void* delta, const void* weight, void* normed) {
+    const void* delta, const void* weight, void* normed, int32_t strips) {
     (is_bfloat16 ? add_rms_norm<Bfloat16> : add_rms_norm<Float32>)(
-        rows, size, epsilon, hidden, delta, weight, normed);
+        rows, size, epsilon, hidden, delta, weight, normed, strips != 0);
 }
 
 void batchllm_silu_and_multiply(

@@ -84,16 +84,32 @@ INLINE void multiply_some(
         multiply_some<In, Out, R - 1>(rows, linear, x, row_scales, panel, out);
 }
 
-// All rows times all panels; called by every thread of a parallel region.
+// Whether a product is of tiles.
+template <typename In>
+INLINE bool in_tiles(const PackedLinear& linear) {
+#if defined(BATCHLLM_TILES)
+    return !std::is_same_v<In, Float32Product> && fits_tiles<In>(linear);
+#else
+    return false;
+#endif
+}
+
+INLINE int64_t width_of(const PackedLinear& linear) {
+    return linear.gated ? linear.outputs / 2 : linear.outputs;
+}
+
+// All rows times all panels; called by every thread of a parallel region. Only tiles take strips.
 template <typename In, typename Out>
 void multiply(
-    const PackedLinear& linear, int64_t rows, const typename In::Value* x, const float* row_scales,
-    typename Out::Value* out, Taken* taken) {
+    const PackedLinear& linear, int64_t rows, const Rows<const typename In::Value>& all,
+    const float* row_scales, const Rows<typename Out::Value>& outs, Taken* taken) {
 #if defined(BATCHLLM_TILES)
     if constexpr (!std::is_same_v<In, Float32Product>)
-        if (fits_tiles<In>(linear))
-            return multiply_tiles<Outputs<In, Out>>(linear, rows, x, row_scales, out, taken);
+        if (in_tiles<In>(linear))
+            return multiply_tiles<Outputs<In, Out>>(linear, rows, all, row_scales, outs, taken);
 #endif
+    const typename In::Value* const x = all.values;
+    typename Out::Value* const out = outs.values;
     const int64_t panels = (linear.outputs + PANEL - 1) / PANEL;
     const int64_t strips = (rows + LINEAR_ROWS - 1) / LINEAR_ROWS;
     const int64_t strip_bytes = LINEAR_ROWS * linear.inputs * int64_t(sizeof(*x));
@@ -114,24 +130,29 @@ void multiply(
 
 // Rounds a row to 128 + [-127, 127]; returns its scale. Not a number anywhere: the scale is none.
 template <typename T>
-float round_row(const typename T::Value* row, int64_t size, Int8Product::Value* rounded) {
-    const int64_t whole = size - size % W;
+float round_row(
+    const Rows<const typename T::Value>& all, int64_t i, const Rows<Int8Product::Value>& rounded) {
+    const typename T::Value* row = all.row(i);
+    Int8Product::Value* to = rounded.row(i);
+    const int64_t size = all.size, whole = size - size % W;
     Floats most{}, sums{};
     for (int64_t j = 0; j < whole; j += W) {
-        const Floats v = T::widen(row + j);
+        const Floats v = T::widen(row + all.place(j));
         most = largest(v < 0.0f ? -v : v, most);
         sums += v - v;  // 0, or not a number
     }
     float peak = largest(most), nothing = sum(sums);
     for (int64_t j = whole; j < size; j++) {
-        peak = std::max(peak, std::fabs(T::get(row[j])));
-        nothing += T::get(row[j]) - T::get(row[j]);
+        const float v = T::get(row[all.place(j)]);
+        peak = std::max(peak, std::fabs(v));
+        nothing += v - v;
     }
     const float inverse = peak > 0.0f ? 127.0f / peak : 0.0f;
     for (int64_t j = 0; j < whole; j += W)
-        Int8Product::put(rounded + j, T::widen(row + j) * inverse);
+        Int8Product::put(to + rounded.place(j), T::widen(row + all.place(j)) * inverse);
     for (int64_t j = whole; j < size; j++)
-        rounded[j] = Int8Product::Value(int(std::nearbyint(T::get(row[j]) * inverse)) + 128);
+        to[rounded.place(j)] = Int8Product::Value(
+            int(std::nearbyint(T::get(row[all.place(j)]) * inverse)) + 128);
     return peak / 127.0f + nothing;
 }
 
@@ -142,48 +163,65 @@ void widen_row(const typename T::Value* row, int64_t size, float* wide) {
     for (int64_t j = whole; j < size; j++) wide[j] = T::get(row[j]);
 }
 
-// Rounds all rows, in a parallel region whose threads then call `multiply`.
+// Rounds all rows, in a parallel region whose threads then call `multiply`. What is rounded lies in
+// strips where there are tiles.
 template <typename T, typename Multiply>
 void round_rows(
-    int64_t rows, int64_t size, const void* x, void* memory, float* row_scales, Multiply multiply) {
-    Int8Product::Value* rounded = static_cast<Int8Product::Value*>(memory);
+    int64_t rows, const PackedLinear& linear, const Rows<const typename T::Value>& x, void* memory,
+    float* row_scales, Multiply multiply) {
+    typedef Int8Product::Value Value;
+    const Rows<Value> rounded(
+        static_cast<Value*>(memory), linear.inputs, in_tiles<Int8Product>(linear));
+    const Rows<const Value> read(
+        rounded.values, linear.inputs, in_tiles<Int8Product>(linear));
 #pragma omp parallel
     {
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < rows; i++)
-            row_scales[i] = round_row<T>(
-                static_cast<const typename T::Value*>(x) + i * size, size, rounded + i * size);
-        multiply(rounded);
+        for (int64_t i = 0; i < rows; i++) row_scales[i] = round_row<T>(x, i, rounded);
+        multiply(read);
     }
+}
+
+template <typename T>
+Rows<const typename T::Value> inputs_of(const PackedLinear& linear, const void* x, int strips) {
+    return {static_cast<const typename T::Value*>(x), linear.inputs, (strips & IN_STRIPS) != 0};
+}
+
+template <typename T>
+Rows<typename T::Value> outputs_of(const PackedLinear& linear, void* out, int strips) {
+    return {static_cast<typename T::Value*>(out), width_of(linear), (strips & OUT_STRIPS) != 0};
 }
 
 template <typename T>
 void linear_int8(
     int64_t rows, const PackedLinear& linear, const void* x, void* memory, float* row_scales,
-    void* out) {
+    void* out, int strips) {
     Taken taken[MOST_PARTS];
+    const auto outs = outputs_of<T>(linear, out, strips);
     round_rows<T>(
-        rows, linear.inputs, x, memory, row_scales, [&](const Int8Product::Value* rounded) {
-            multiply<Int8Product, T>(
-                linear, rows, rounded, row_scales, static_cast<typename T::Value*>(out), taken);
+        rows, linear, inputs_of<T>(linear, x, strips), memory, row_scales,
+        [&](const Rows<const Int8Product::Value>& rounded) {
+            multiply<Int8Product, T>(linear, rows, rounded, row_scales, outs, taken);
         });
 }
 
 template <typename Product, typename T>
 void linear_plain(
-    int64_t rows, const PackedLinear& linear, const void* x, void* memory, void* out) {
-    const auto* from = static_cast<const typename T::Value*>(x);
-    auto* to = static_cast<typename T::Value*>(out);
+    int64_t rows, const PackedLinear& linear, const void* x, void* memory, void* out, int strips) {
+    const auto outs = outputs_of<T>(linear, out, strips);
     Taken taken[MOST_PARTS];
 #pragma omp parallel
     if constexpr (std::is_same_v<typename Product::Value, typename T::Value>) {
-        multiply<Product, T>(linear, rows, from, nullptr, to, taken);
+        multiply<Product, T>(
+            linear, rows, inputs_of<T>(linear, x, strips), nullptr, outs, taken);
     } else {
+        const auto* from = static_cast<const typename T::Value*>(x);
         float* widened = static_cast<float*>(memory);
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < rows; i++)
             widen_row<T>(from + i * linear.inputs, linear.inputs, widened + i * linear.inputs);
-        multiply<Product, T>(linear, rows, widened, nullptr, to, taken);
+        multiply<Product, T>(
+            linear, rows, Rows<const float>(widened, linear.inputs, false), nullptr, outs, taken);
     }
 }
 
@@ -191,10 +229,11 @@ void linear_plain(
 // Each row's largest, among a thread's outputs, then among all threads'; called by each of them.
 template <typename In, typename Out>
 void rank_tiles(
-    const PackedLinear& linear, int64_t rows, const typename In::Value* x, const float* row_scales,
-    std::vector<Largest>& largest, Taken* taken) {
+    const PackedLinear& linear, int64_t rows, const Rows<const typename In::Value>& x,
+    const float* row_scales, std::vector<Largest>& largest, Taken* taken) {
     std::vector<Largest> own(rows);
-    multiply_tiles<LargestOutputs<In, Out>>(linear, rows, x, row_scales, own.data(), taken);
+    multiply_tiles<LargestOutputs<In, Out>>(
+        linear, rows, x, row_scales, Rows<Largest>(own.data(), 1, false), taken);
 #pragma omp critical(batchllm_rank)
     for (int64_t i = 0; i < rows; i++) largest[i].meet(own[i].value, own[i].index);
 }
@@ -203,17 +242,18 @@ template <typename T>
 void linear_argmax(
     bool is_int8, int64_t rows, const PackedLinear& linear, const void* x, void* memory,
     float* row_scales, int32_t* out) {
+    const auto in = inputs_of<T>(linear, x, 0);
     std::vector<Largest> largest(rows);
     Taken taken[MOST_PARTS];
     if (is_int8) {
         round_rows<T>(
-            rows, linear.inputs, x, memory, row_scales, [&](const Int8Product::Value* rounded) {
+            rows, linear, in, memory, row_scales,
+            [&](const Rows<const Int8Product::Value>& rounded) {
                 rank_tiles<Int8Product, T>(linear, rows, rounded, row_scales, largest, taken);
             });
     } else if constexpr (T::GROUP == 2) {
 #pragma omp parallel
-        rank_tiles<Bfloat16Product, T>(
-            linear, rows, static_cast<const typename T::Value*>(x), nullptr, largest, taken);
+        rank_tiles<Bfloat16Product, T>(linear, rows, in, nullptr, largest, taken);
     }
     for (int64_t i = 0; i < rows; i++)
         out[i] = std::isfinite(largest[i].value) ? largest[i].index : -1;
@@ -244,24 +284,32 @@ int32_t batchllm_rounded_bytes() { return sizeof(Int8Product::Value); }
 
 void batchllm_linear(
     int32_t is_bfloat16, int64_t rows, const PackedLinear* linear, const void* x, void* widened,
-    void* out) {
+    void* out, int32_t strips) {
     (is_bfloat16 ? linear_plain<Bfloat16Product, Bfloat16> : linear_plain<Float32Product, Float32>)(
-        rows, *linear, x, widened, out);
+        rows, *linear, x, widened, out, strips);
 }
 
 void batchllm_linear_int8(
     int32_t is_bfloat16, int64_t rows, const PackedLinear* linear, const void* x, void* rounded,
-    float* row_scales, void* out) {
+    float* row_scales, void* out, int32_t strips) {
     (is_bfloat16 ? linear_int8<Bfloat16> : linear_int8<Float32>)(
-        rows, *linear, x, rounded, row_scales, out);
+        rows, *linear, x, rounded, row_scales, out, strips);
+}
+
+int32_t batchllm_takes_strips(int32_t is_bfloat16, int32_t is_int8, const PackedLinear* linear) {
+    const int64_t chunk = is_bfloat16 ? Rows<uint16_t>::CHUNK : Rows<float>::CHUNK;
+    const bool whole = linear->inputs % chunk == 0 && width_of(*linear) % chunk == 0;
+    const bool tiles = is_int8 ? in_tiles<Int8Product>(*linear)
+                               : is_bfloat16 && in_tiles<Bfloat16Product>(*linear);
+    return tiles && whole && linear->outputs % PANEL == 0;
 }
 
 int32_t batchllm_linear_argmax(
     int32_t is_bfloat16, int32_t is_int8, int64_t rows, const PackedLinear* linear, const void* x,
     void* rounded, float* row_scales, int32_t* out) {
 #if defined(BATCHLLM_TILES)
-    const bool fits = is_int8 ? fits_tiles<Int8Product>(*linear)
-                              : is_bfloat16 && fits_tiles<Bfloat16Product>(*linear);
+    const bool fits = is_int8 ? in_tiles<Int8Product>(*linear)
+                              : is_bfloat16 && in_tiles<Bfloat16Product>(*linear);
     if (fits)
         (is_bfloat16 ? linear_argmax<Bfloat16> : linear_argmax<Float32>)(
             is_int8, rows, *linear, x, rounded, row_scales, out);

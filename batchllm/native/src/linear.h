@@ -38,17 +38,23 @@ int32_t batchllm_widened_bytes();
 // the order 0, 2, 1, 3.
 int32_t batchllm_rounded_bytes();
 
+// Rows that lie in strips (strips.h), or none of both.
+enum Strips { IN_STRIPS = 1, OUT_STRIPS = 2 };
+
+// Whether a product takes x, and puts its outputs, in strips: in tiles, of whole chunks and panels.
+int32_t batchllm_takes_strips(int32_t is_bfloat16, int32_t is_int8, const PackedLinear* linear);
+
 // out [rows, outputs] = x [rows, inputs] . weight' + bias, x and out bfloat16 or float32;
-// `widened` [rows, inputs] is memory, see above.
+// `widened` [rows, inputs] is memory, see above. `strips`: which of them are in strips.
 void batchllm_linear(
     int32_t is_bfloat16, int64_t rows, const PackedLinear* linear, const void* x, void* widened,
-    void* out);
+    void* out, int32_t strips);
 
-// The same with an int8 weight. x is rounded to eight bits a row; `rounded` [rows, inputs] and
-// `row_scales` [rows] are memory for that.
+// The same with an int8 weight. x is rounded to eight bits a row; `rounded` [rows to the next whole
+// strip, inputs] and `row_scales` [rows] are memory for that.
 void batchllm_linear_int8(
     int32_t is_bfloat16, int64_t rows, const PackedLinear* linear, const void* x, void* rounded,
-    float* row_scales, void* out);
+    float* row_scales, void* out, int32_t strips);
 
 // out [rows]: of each row the first largest of those outputs, as bfloat16 or float32 holds them; -1
 // where one is not a number, or the largest is infinite. The outputs are not written. Returns

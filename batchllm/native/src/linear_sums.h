@@ -8,17 +8,18 @@
 
 #include "linear.h"
 #include "products.h"
+#include "strips.h"
 #include "tiles.h"
 
 #if defined(BATCHLLM_TILES)
-constexpr int TILE_STRIP = 2 * TILE_ROWS;  // rows
+static_assert(STRIP == 2 * TILE_ROWS, "a strip is two tiles of rows");
 constexpr int TILE_PANEL = 2 * W;          // outputs
 
 // As they were stored from tiles.
 template <typename In>
 class StoredSums {
     typedef typename In::Sums Sums;
-    alignas(64) Sums sums[TILE_STRIP][2];
+    alignas(64) Sums sums[STRIP][2];
     Sums start[2]{};
     Floats scale[2]{}, bias[2]{};
     const float* row_scales = nullptr;
@@ -63,11 +64,13 @@ class Outputs : public StoredSums<In> {
     using StoredSums<In>::row;
     using StoredSums<In>::rows;
     using StoredSums<In>::value;
+    const Rows<typename Out::Value> all;
     typename Out::Value* out = nullptr;
-    int64_t stride = 0, left = 0;
+    int64_t second = 0;  // vector, so far behind the first
+    int64_t left = 0;
     bool gated = false;
 
-    // Of the last panel there may be less than a panel's outputs.
+    // Of the last panel there may be less than a panel's outputs, not in strips.
     __attribute__((noinline)) void write_first(typename Out::Value* to) const {
         for (int64_t i = 0; i < left; i++) to[i] = Out::put(value(int(i / W))[i % W]);
     }
@@ -76,28 +79,27 @@ class Outputs : public StoredSums<In> {
     typedef In Product;
     typedef typename Out::Value To;
 
-    static int64_t width(const PackedLinear& linear) {
-        return linear.gated ? linear.outputs / 2 : linear.outputs;
-    }
+    explicit Outputs(const Rows<To>& all) : all(all) {}
 
     // What was stored is this: `count` rows of x, `scales` and `to` being theirs.
     INLINE void begin(
         const PackedLinear& linear, int64_t panel, int count, const float* scales, To* to) {
         this->start_rows(linear, panel, count, scales);
         gated = linear.gated != 0;
-        out = to + (gated ? this->first / 2 : this->first);
-        stride = width(linear);
+        const int64_t output = gated ? this->first / 2 : this->first;
+        out = to + all.place(output);
+        second = all.place(output + W) - all.place(output);
         left = linear.outputs - this->first;
     }
 
     // The next `count` rows that wait, if there are.
     INLINE void write(int count) {
         for (const int end = std::min(row + count, rows); row < end; row++) {
-            To* to = out + row * stride;
+            To* to = out + row * all.stride;
             if (gated)
                 Out::narrow(to, silu<Out::COARSE>(value(0)) * value(1));
             else if (left >= TILE_PANEL)
-                Out::narrow(to, value(0)), Out::narrow(to + W, value(1));
+                Out::narrow(to, value(0)), Out::narrow(to + second, value(1));
             else
                 write_first(to);
         }
@@ -152,7 +154,7 @@ class LargestOutputs : public StoredSums<In> {
     typedef In Product;
     typedef Largest To;
 
-    static int64_t width(const PackedLinear&) { return 1; }
+    explicit LargestOutputs(const Rows<To>&) {}
 
     INLINE void begin(
         const PackedLinear& linear, int64_t panel, int count, const float* scales, To* to) {

@@ -68,41 +68,54 @@ struct Chunk {
     typename In::Sums (*partial)[2];
 };
 
-// Of more than TILE_ROWS rows, and at most TILE_STRIP. Either the rows or the panel are used again,
+// Up to STRIP rows, and what belongs to them.
+template <typename Sink>
+struct Strip {
+    int count;
+    const typename Sink::Product::Value* x;
+    const float* scales;
+    typename Sink::To* out;
+};
+
+template <typename Sink>
+using Inputs = Rows<const typename Sink::Product::Value>;
+
+// Of more than TILE_ROWS rows. Either the rows or the panel are used again,
 // and are to stay in the first-level cache.
 template <typename Sink, bool ROWS_STAY>
 void multiply_strip_tiles(
-    const PackedLinear& linear, int rows, const typename Sink::Product::Value* x,
-    const float* row_scales, int64_t panel, typename Sink::To* out, Fetch& fetch, Sink& sink,
-    const Chunk<typename Sink::Product>& chunk) {
+    const PackedLinear& linear, const Inputs<Sink>& all, const Strip<Sink>& strip, int64_t panel,
+    Fetch& fetch, Sink& sink, const Chunk<typename Sink::Product>& chunk) {
     typedef typename Sink::Product In;
-    const int64_t row_bytes = linear.inputs * int64_t(sizeof(*x));
+    constexpr int64_t SIZE = sizeof(*strip.x);
+    const int64_t row_bytes = linear.inputs * SIZE, stride = all.stride * SIZE;
+    const int64_t next = all.chunk_stride * SIZE;
     const int64_t steps = chunk.end - chunk.begin;
     const char* weight = static_cast<const char*>(linear.panels) +
                          (panel * row_bytes + chunk.begin * TILE_BYTES) * TILE_PANEL;
-    const char* upper = reinterpret_cast<const char*>(x) + chunk.begin * TILE_BYTES;
-    const char* lower = upper + TILE_ROWS * row_bytes;
-    const int written = int((TILE_STRIP + steps - 1) / steps);
+    const char* upper = reinterpret_cast<const char*>(strip.x) + chunk.begin * next;
+    const char* lower = upper + TILE_ROWS * stride;
+    const int written = int((STRIP + steps - 1) / steps);
     Fetch fetching = fetch;
-    constexpr int64_t STRIDE = sizeof(*chunk.partial);
+    constexpr int64_t SUMS = sizeof(*chunk.partial);
     const auto earlier = [&](int row, int n) { return &chunk.partial[row][n]; };
     if (chunk.begin == 0) {
         clear_tile<0>(), clear_tile<1>(), clear_tile<2>(), clear_tile<3>();
     } else {
-        load_tile<0>(earlier(0, 0), STRIDE), load_tile<1>(earlier(0, 1), STRIDE);
-        load_tile<2>(earlier(TILE_ROWS, 0), STRIDE), load_tile<3>(earlier(TILE_ROWS, 1), STRIDE);
+        load_tile<0>(earlier(0, 0), SUMS), load_tile<1>(earlier(0, 1), SUMS);
+        load_tile<2>(earlier(TILE_ROWS, 0), SUMS), load_tile<3>(earlier(TILE_ROWS, 1), SUMS);
     }
-    for (int64_t k = 0; k < steps; k++, upper += TILE_BYTES, lower += TILE_BYTES) {
+    for (int64_t k = 0; k < steps; k++, upper += next, lower += next) {
         if constexpr (ROWS_STAY) {
             load_tile_once<6>(weight, 2 * TILE_BYTES);
             load_tile_once<7>(weight + TILE_BYTES, 2 * TILE_BYTES);
-            load_tile<4>(upper, row_bytes);
-            load_tile<5>(lower, row_bytes);
+            load_tile<4>(upper, stride);
+            load_tile<5>(lower, stride);
         } else {
             load_tile<6>(weight, 2 * TILE_BYTES);
             load_tile<7>(weight + TILE_BYTES, 2 * TILE_BYTES);
-            load_tile_once<4>(upper, row_bytes);
-            load_tile_once<5>(lower, row_bytes);
+            load_tile_once<4>(upper, stride);
+            load_tile_once<5>(lower, stride);
         }
         multiply_tile<In, 0, 4, 6>();
         multiply_tile<In, 1, 4, 7>();
@@ -116,29 +129,31 @@ void multiply_strip_tiles(
     if (chunk.end * TILE_BYTES == row_bytes) {
         sink.template store<0>(0);
         sink.template store<2>(TILE_ROWS);
-        sink.begin(linear, panel, rows, row_scales, out);
+        sink.begin(linear, panel, strip.count, strip.scales, strip.out);
     } else {
-        store_tile<0>(earlier(0, 0), STRIDE), store_tile<1>(earlier(0, 1), STRIDE);
-        store_tile<2>(earlier(TILE_ROWS, 0), STRIDE), store_tile<3>(earlier(TILE_ROWS, 1), STRIDE);
+        store_tile<0>(earlier(0, 0), SUMS), store_tile<1>(earlier(0, 1), SUMS);
+        store_tile<2>(earlier(TILE_ROWS, 0), SUMS), store_tile<3>(earlier(TILE_ROWS, 1), SUMS);
     }
 }
 
 // At most TILE_ROWS rows, and PANELS panels side by side: sums wait for their last term.
 template <typename Sink, int PANELS>
 void multiply_few_tiles(
-    const PackedLinear& linear, int rows, const typename Sink::Product::Value* x,
-    const float* row_scales, int64_t panel, typename Sink::To* out, Fetch& fetch, Sink& sink) {
+    const PackedLinear& linear, const Inputs<Sink>& all, const Strip<Sink>& strip, int64_t panel,
+    Fetch& fetch, Sink& sink) {
     typedef typename Sink::Product In;
-    const int64_t row_bytes = linear.inputs * int64_t(sizeof(*x));
+    constexpr int64_t SIZE = sizeof(*strip.x);
+    const int64_t row_bytes = linear.inputs * SIZE, stride = all.stride * SIZE;
+    const int64_t next = all.chunk_stride * SIZE;
     const int64_t steps = row_bytes / TILE_BYTES, panel_bytes = row_bytes * TILE_PANEL;
     const char* weight = static_cast<const char*>(linear.panels) + panel * panel_bytes;
-    const char* row = reinterpret_cast<const char*>(x);
+    const char* row = reinterpret_cast<const char*>(strip.x);
     const int written = int((TILE_ROWS + steps - 1) / steps);
     Fetch fetching = fetch;
     clear_tile<0>(), clear_tile<1>();
     if constexpr (PANELS == 2) clear_tile<2>(), clear_tile<3>();
-    for (int64_t k = 0; k < steps; k++, row += TILE_BYTES) {
-        load_tile<4>(row, row_bytes);
+    for (int64_t k = 0; k < steps; k++, row += next) {
+        load_tile<4>(row, stride);
         load_tile<6>(weight, 2 * TILE_BYTES);
         load_tile<7>(weight + TILE_BYTES, 2 * TILE_BYTES);
         multiply_tile<In, 0, 4, 6>();
@@ -154,13 +169,13 @@ void multiply_few_tiles(
         weight += TILE_PANEL * TILE_BYTES;
     }
     fetch = fetching;
-    sink.write(TILE_STRIP);
+    sink.write(STRIP);
     sink.template store<0>(0);
-    sink.begin(linear, panel, rows, row_scales, out);
+    sink.begin(linear, panel, strip.count, strip.scales, strip.out);
     if constexpr (PANELS == 2) {
-        sink.write(TILE_STRIP);
+        sink.write(STRIP);
         sink.template store<2>(0);
-        sink.begin(linear, panel + 1, rows, row_scales, out);
+        sink.begin(linear, panel + 1, strip.count, strip.scales, strip.out);
     }
 }
 
@@ -181,19 +196,19 @@ class TileWork {
     typedef typename In::Value Value;
     const PackedLinear& linear;
     const int64_t rows;
-    const Value* const x;
+    const Inputs<Sink> x;
     const float* const row_scales;
-    typename Sink::To* const out;
+    const Rows<typename Sink::To> out;
     Taken* const taken;  // [MOST_PARTS]
-    const int64_t panels, steps, row_bytes, panel_bytes, strips, out_width;
+    const int64_t panels, steps, row_bytes, panel_bytes, strips;
     const int64_t threads = omp_get_num_threads();
     Fetch next_strip, next_panels;
     Sink sink;
-    alignas(64) typename In::Sums partial[MOST_IN_CHUNKS][TILE_STRIP][2];  // of a strip in chunks
+    alignas(64) typename In::Sums partial[MOST_IN_CHUNKS][STRIP][2];  // of a strip in chunks
     int shaped = 0;
 
     int rows_of(int64_t strip) const {
-        return int(std::min<int64_t>(TILE_STRIP, rows - strip * TILE_STRIP));
+        return int(std::min<int64_t>(STRIP, rows - strip * STRIP));
     }
     // To be read in so many steps.
     Fetch fetch_panels(int64_t first, int64_t last, int64_t in_steps) const {
@@ -201,21 +216,19 @@ class TileWork {
         return {weight + first * panel_bytes, weight + last * panel_bytes, in_steps};
     }
     Fetch fetch_strip(int64_t strip, int64_t in_steps) const {
-        const char* from = reinterpret_cast<const char*>(x) + strip * TILE_STRIP * row_bytes;
+        const char* from = reinterpret_cast<const char*>(x.row(strip * STRIP));
         return {from, from + rows_of(strip) * row_bytes, in_steps};
     }
     // What `function` and all like it are called with, to multiply a strip and a panel.
     template <typename Function, typename... More>
     INLINE void multiply(
         Function function, int64_t strip, int64_t panel, const More&... more) {
-        const int64_t row = strip * TILE_STRIP;
-        const int here = rows_of(strip);
-        if (here != shaped) shape_tiles(strip_shape(here));
-        shaped = here;
+        const int64_t row = strip * STRIP;
+        const Strip<Sink> here{rows_of(strip), x.row(row), row_scales + row, out.row(row)};
+        if (here.count != shaped) shape_tiles(strip_shape(here.count));
+        shaped = here.count;
         Fetch& fetch = next_strip.next < next_strip.end ? next_strip : next_panels;
-        function(
-            linear, here, x + row * linear.inputs, row_scales + row, panel, out + row * out_width,
-            fetch, sink, more...);
+        function(linear, x, here, panel, fetch, sink, more...);
     }
 
     // A strip and the panels of a group.
@@ -243,7 +256,7 @@ class TileWork {
         const int64_t wanted = std::max(fitting, 2 * sharing);
         const int64_t groups = std::min(panels, (wanted + sharing - 1) / sharing * sharing);
         const auto first = [&](int64_t group) { return panels * group / groups; };
-        const bool rows_stay = (end - begin) * TILE_STRIP * row_bytes <= ROWS_BYTES;
+        const bool rows_stay = (end - begin) * STRIP * row_bytes <= ROWS_BYTES;
         for (int64_t group = taken[part].next(), next; group < groups; group = next) {
             next = taken[part].next();
             const int64_t strip_steps = (first(group + 1) - first(group)) * steps;
@@ -262,8 +275,8 @@ class TileWork {
 
   public:
     TileWork(
-        const PackedLinear& linear, int64_t rows, const Value* x, const float* row_scales,
-        typename Sink::To* out, Taken* taken)
+        const PackedLinear& linear, int64_t rows, const Inputs<Sink>& x, const float* row_scales,
+        const Rows<typename Sink::To>& out, Taken* taken)
         : linear(linear),
           rows(rows),
           x(x),
@@ -271,14 +284,14 @@ class TileWork {
           out(out),
           taken(taken),
           panels((linear.outputs + TILE_PANEL - 1) / TILE_PANEL),
-          steps(linear.inputs * int64_t(sizeof(*x)) / TILE_BYTES),
+          steps(linear.inputs * int64_t(sizeof(Value)) / TILE_BYTES),
           row_bytes(steps * TILE_BYTES),
           panel_bytes(row_bytes * TILE_PANEL),
-          strips((rows + TILE_STRIP - 1) / TILE_STRIP),
-          out_width(Sink::width(linear)) {}
+          strips((rows + STRIP - 1) / STRIP),
+          sink(out) {}
     TileWork(const TileWork&) = delete;
     ~TileWork() {
-        sink.write(TILE_STRIP);
+        sink.write(STRIP);
         release_tiles();
     }
 
@@ -286,7 +299,7 @@ class TileWork {
     // the second-level cache keeps for each panel to meet. Or a panel's outputs are lines of it so
     // far apart that they push each other out.
     bool rows_are_many() const {
-        const bool apart = out_width * int64_t(sizeof(*out)) >= WIDE_BYTES;
+        const bool apart = out.stride * int64_t(sizeof(*out.values)) >= WIDE_BYTES;
         return strips >= 2 * PART_STRIPS || (strips > 2 && rows * row_bytes > BLOCK_BYTES) ||
                (strips > 4 && apart);
     }
@@ -333,8 +346,8 @@ class TileWork {
 
 template <typename Sink>
 void multiply_tiles(
-    const PackedLinear& linear, int64_t rows, const typename Sink::Product::Value* x,
-    const float* row_scales, typename Sink::To* out, Taken* taken) {
+    const PackedLinear& linear, int64_t rows, const Inputs<Sink>& x, const float* row_scales,
+    const Rows<typename Sink::To>& out, Taken* taken) {
     if (rows == 0) return;
     TileWork<Sink> work(linear, rows, x, row_scales, out, taken);
     if (work.rows_are_many())
