@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 import torch
 from attention_trees import items_of, step_of
-from builders import random_weights, tiny_config
+from block_models import OneByOne, attend, make
+from builders import tiny_config
 
 from batchllm.attention.cascade import TorchBackend
 from batchllm.attention.native import NativeBackend
-from batchllm.models.config import ModelConfig
 from batchllm.models.native_operations import NativeOperations
 from batchllm.models.operations import AttentionCalls
-from batchllm.models.registry import make_model
 from batchllm.native.kernels import load_kernels, usable_targets
 from batchllm.runner.forward import PlannedAttention
 from batchllm.runner.kv_cache import KVCache
@@ -22,28 +21,6 @@ TARGETS = [target for target in usable_targets() if load_kernels(target)]
 PLAIN = tiny_config(num_hidden_layers=4)
 BIASED = PLAIN | {"attention_bias": True, "mlp_bias": True}
 ODD = PLAIN | {"intermediate_size": 94}  # in int8 not the kernels' products
-
-
-class OneByOne(NativeOperations):
-    """The same, without blocks."""
-
-    def pack_blocks(self, layers, eps):
-        return None
-
-
-def attend(layer, qkv):
-    """Something that depends on the layer; in place, as the kernels rotate."""
-    qkv.mul_(1 + layer / 8)
-    return qkv[:, :4].flatten(1).contiguous()
-
-
-def make(kind, config, target, dtype, quantization):
-    model = make_model(
-        ModelConfig.from_hugging_face(config), dtype, kind(load_kernels(target), tiles=False)
-    )
-    model.load((n, torch.from_numpy(w).to(dtype)) for n, w in random_weights(config).items())
-    model.pack(quantization)
-    return model
 
 
 @pytest.mark.parametrize("config", [PLAIN, BIASED, ODD], ids=["plain", "biased", "odd"])
@@ -56,7 +33,7 @@ def test_blocks_equal_their_operations(target, dtype, quantization, config):
     results = []
     with torch.inference_mode():
         for kind in (NativeOperations, OneByOne):
-            model = make(kind, config, target, dtype, quantization)
+            model = make(kind, config, load_kernels(target), dtype, quantization)
             results.append([model.forward(t, attend, rows[: len(t)]) for t in (tokens, tokens[:1])])
     assert results[0][0].isfinite().all() and results[0][0].std() > 0.01
     for fused, plain in zip(*results, strict=True):
@@ -72,7 +49,7 @@ def packed_blocks(config, target):
             made.append(super().pack_blocks(layers, eps))
             return made[0]
 
-    make(Watched, config, target, torch.float32, "int8")
+    make(Watched, config, load_kernels(target), torch.float32, "int8")
     return made[0]
 
 
@@ -87,7 +64,7 @@ def test_two_passes_at_once_do_not_meet():
         pytest.skip("no kernels were compiled")
     tokens, rows = torch.arange(12), torch.arange(12)
     with torch.inference_mode():
-        model = make(NativeOperations, PLAIN, TARGETS[0], torch.float32, None)
+        model = make(NativeOperations, PLAIN, load_kernels(TARGETS[0]), torch.float32, None)
         alone = [model.forward(part, attend, rows[:6]) for part in (tokens[:6], tokens[6:])]
         passes = [model.layers(part, rows[:6]) for part in (tokens[:6], tokens[6:])]
         asked = [next(layers) for layers in passes]
@@ -151,7 +128,7 @@ def test_all_layers_in_one_call_equal_one_by_one(target, dtype, quantization, kv
 
     with torch.inference_mode():
         config = tiny_config(num_hidden_layers=num_layers)
-        model = make(NativeOperations, config, target, dtype, quantization)
+        model = make(NativeOperations, config, load_kernels(target), dtype, quantization)
         together, apart = (run_step(model, backend, way, kv_dtype) for way in (True, False))
     of_torch = target == "portable" and quantization is None  # products, which kernels cannot call
     assert calls == ([] if of_torch or num_layers == 1 else [num_layers - 1])
@@ -174,6 +151,6 @@ def test_another_backends_attention_is_called_layer_by_layer():
     if not TARGETS:
         pytest.skip("no kernels were compiled")
     with torch.inference_mode():
-        model = make(NativeOperations, PLAIN, TARGETS[0], torch.float32, None)
+        model = make(NativeOperations, PLAIN, load_kernels(TARGETS[0]), torch.float32, None)
         native, other = (run_step(model, kind, True)[0] for kind in (NativeBackend, TorchBackend))
     torch.testing.assert_close(native, other, atol=1e-4, rtol=1e-4)

@@ -15,6 +15,8 @@ from attention_checks import (
     poisoned_rows,
     tolerance_of,
 )
+from block_models import OneByOne, attend, make
+from builders import tiny_config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -22,6 +24,7 @@ from batchllm.attention.native import NativeBackend
 from batchllm.cache import block_pool
 from batchllm.models.linear import pack_torch_int8
 from batchllm.models.native_linear import NativeProducts
+from batchllm.models.native_operations import NativeOperations
 from batchllm.models.operations import TorchOperations
 from batchllm.native.kernels import NativeKernels, load_kernels, usable_targets
 
@@ -217,6 +220,22 @@ def test_a_row_is_the_same_whatever_rows_are_beside_it(kernels, inputs):
     whole = product(x)
     for count in (1, 15, 16, 17, 31, 32, 33, 64, 65, 255, 512):
         assert torch.equal(product(x[:count].contiguous()), whole[:count])
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [96, 128])  # in int8 one is no whole tiles: rows, not strips
+def test_what_lies_in_strips_between_products(kernels, dtype, quantization, size):
+    config = tiny_config(intermediate_size=size, num_hidden_layers=3, mlp_bias=True)
+    whole, apart = (
+        make(kind, config, kernels, dtype, quantization) for kind in (NativeOperations, OneByOne)
+    )
+    with torch.inference_mode():
+        for count in (1, 31, 33, 70):
+            tokens, rows = torch.arange(count) * 3 % 250, torch.arange(count)
+            expected = apart.forward(tokens, attend, rows)
+            assert torch.equal(whole.forward(tokens, attend, rows), expected)
+            assert expected.std() > 0.01
 
 
 @given(
