@@ -80,8 +80,8 @@ struct Strip {
 template <typename Sink>
 using Inputs = Rows<const typename Sink::Product::Value>;
 
-// Of more than TILE_ROWS rows. Either the rows or the panel are used again,
-// and are to stay in the first-level cache.
+// Of more than TILE_ROWS rows. Either the rows or the panel are used again, and are to stay in the
+// first-level cache.
 template <typename Sink, bool ROWS_STAY>
 void multiply_strip_tiles(
     const PackedLinear& linear, const Inputs<Sink>& all, const Strip<Sink>& strip, int64_t panel,
