@@ -52,7 +52,7 @@ _TENSOR_NAME = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<part>\w+)\.(?P<kind>we
 # Enough elements that numpy's overhead vanishes, few enough that a chunk stays in the cache.
 _CHUNK_ELEMENTS = 1 << 20
 _COPY_ELEMENTS = 1 << 15
-_MOST_THREADS = 8  # that dequantise: memory is no faster for more
+_MOST_THREADS = 8  # that dequantise, each a tensor that must have room
 
 
 class GGUFCheckpoint:

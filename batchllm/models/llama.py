@@ -192,12 +192,16 @@ class LlamaModel:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Next-token logits of hidden states [n, hidden_size]: [n, vocab_size], in the dtype."""
-        return self._shard.gather(self._head(self._normed(hidden)), self.config.vocab_size)
+        return self._logits(self._normed(hidden))
 
     def greedy(self, hidden: torch.Tensor) -> torch.Tensor:
         """The first largest of each row's logits, an integer [n]; -1 as in `Operations.argmax`."""
-        tokens = self._head.argmax(self._normed(hidden)) if self._shard.size == 1 else None
-        return self._operations.argmax(self.logits(hidden)) if tokens is None else tokens
+        normed = self._normed(hidden)
+        tokens = self._head.argmax(normed) if self._shard.size == 1 else None
+        return self._operations.argmax(self._logits(normed)) if tokens is None else tokens
+
+    def _logits(self, normed: torch.Tensor) -> torch.Tensor:
+        return self._shard.gather(self._head(normed), self.config.vocab_size)
 
     def _normed(self, hidden: torch.Tensor) -> torch.Tensor:
         return self._operations.add_rms_norm(hidden, None, self._norm, self.config.rms_norm_eps)

@@ -117,12 +117,14 @@ def test_inputs_that_are_no_whole_tiles_go_through_vectors(kernels, inputs):
 
 
 # Rows that threads divide, in chunks of 1, 2 and 3 (in int8 1 and 2), with a last strip of few or
-# of one; rows that are few and so long that a panel does not meet them all; outputs far apart.
+# of one; rows that are few and so long that a panel does not meet them all; outputs far apart; many
+# rows of a single tile (in int8, in bfloat16).
 MANY = [(600, 640, 70), (545, 672, 300), (530, 1344, 100), (513, 96, 1600)]
 LONG = [(70, 12288, 40), (200, 64, 16400)]
+SHORT = [(7000, 64, 64), (7000, 32, 64)]
 
 
-@pytest.mark.parametrize("shape", [*MANY, *LONG])
+@pytest.mark.parametrize("shape", [*MANY, *LONG, *SHORT])
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_many_rows_and_long_ones(kernels, shape, threads):
     x, weight, bias = operands(shape, True)

@@ -94,6 +94,11 @@ INLINE bool in_tiles(const PackedLinear& linear) {
 #endif
 }
 
+INLINE bool in_tiles(bool is_bfloat16, bool is_int8, const PackedLinear& linear) {
+    return is_int8 ? in_tiles<Int8Product>(linear)
+                   : is_bfloat16 && in_tiles<Bfloat16Product>(linear);
+}
+
 INLINE int64_t width_of(const PackedLinear& linear) {
     return linear.gated ? linear.outputs / 2 : linear.outputs;
 }
@@ -170,10 +175,9 @@ void round_rows(
     int64_t rows, const PackedLinear& linear, const Rows<const typename T::Value>& x, void* memory,
     float* row_scales, Multiply multiply) {
     typedef Int8Product::Value Value;
-    const Rows<Value> rounded(
-        static_cast<Value*>(memory), linear.inputs, in_tiles<Int8Product>(linear));
-    const Rows<const Value> read(
-        rounded.values, linear.inputs, in_tiles<Int8Product>(linear));
+    const bool strips = in_tiles<Int8Product>(linear);
+    const Rows<Value> rounded(static_cast<Value*>(memory), linear.inputs, strips);
+    const Rows<const Value> read(rounded.values, linear.inputs, strips);
 #pragma omp parallel
     {
 #pragma omp for schedule(static)
@@ -299,17 +303,14 @@ void batchllm_linear_int8(
 int32_t batchllm_takes_strips(int32_t is_bfloat16, int32_t is_int8, const PackedLinear* linear) {
     const int64_t chunk = is_bfloat16 ? Rows<uint16_t>::CHUNK : Rows<float>::CHUNK;
     const bool whole = linear->inputs % chunk == 0 && width_of(*linear) % chunk == 0;
-    const bool tiles = is_int8 ? in_tiles<Int8Product>(*linear)
-                               : is_bfloat16 && in_tiles<Bfloat16Product>(*linear);
-    return tiles && whole && linear->outputs % PANEL == 0;
+    return in_tiles(is_bfloat16, is_int8, *linear) && whole && linear->outputs % PANEL == 0;
 }
 
 int32_t batchllm_linear_argmax(
     int32_t is_bfloat16, int32_t is_int8, int64_t rows, const PackedLinear* linear, const void* x,
     void* rounded, float* row_scales, int32_t* out) {
 #if defined(BATCHLLM_TILES)
-    const bool fits = is_int8 ? in_tiles<Int8Product>(*linear)
-                              : is_bfloat16 && in_tiles<Bfloat16Product>(*linear);
+    const bool fits = in_tiles(is_bfloat16, is_int8, *linear);
     if (fits)
         (is_bfloat16 ? linear_argmax<Bfloat16> : linear_argmax<Float32>)(
             is_int8, rows, *linear, x, rounded, row_scales, out);

@@ -53,6 +53,7 @@ struct Fetch {
 
     Fetch() = default;
     Fetch(const char* next, const char* end, int64_t steps) : next(next), end(end) {
+        steps = std::max<int64_t>(steps, 1);
         lines = int(((end - next + 63) / 64 + steps - 1) / steps);
     }
 
@@ -344,11 +345,11 @@ class TileWork {
     }
 };
 
+// All rows times all panels; called by every thread of a parallel region.
 template <typename Sink>
 void multiply_tiles(
     const PackedLinear& linear, int64_t rows, const Inputs<Sink>& x, const float* row_scales,
     const Rows<typename Sink::To>& out, Taken* taken) {
-    if (rows == 0) return;
     TileWork<Sink> work(linear, rows, x, row_scales, out, taken);
     if (work.rows_are_many())
         work.by_groups();
