@@ -72,10 +72,11 @@ def test_many_rows_of_many_inputs(target):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("place", [3, 37])
-def test_int8_rows_of_zeros_and_of_no_numbers_stay_with_themselves(target, bad, place):
-    x, weight, _ = operands((3, 40, 50), torch.float32, False)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("bad", [float("nan"), -float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", [3, 36, 95, 97, 115])  # lines of 64 bytes, a vector, the rest
+def test_int8_rows_of_zeros_and_of_no_numbers_stay_with_themselves(target, dtype, bad, place):
+    x, weight, _ = operands((3, 116, 50), dtype, False)
     product = products(target).pack_int8(weight, None)
     alone = product(x[2:])
     x[0] = 0
@@ -84,6 +85,17 @@ def test_int8_rows_of_zeros_and_of_no_numbers_stay_with_themselves(target, bad, 
     assert got[0].tolist() == [0.0] * 50
     assert torch.isnan(got[1]).all()
     assert torch.equal(got[2:], alone)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("place", [0, 31, 32, 95, 97, 115])
+def test_int8_rows_are_scaled_by_their_largest_wherever_it_is(target, place):
+    x = torch.full((2, 116), 0.25, dtype=torch.bfloat16)
+    x[0, place], x[1, place] = -127, 127
+    product = products(target).pack_int8(torch.eye(116, dtype=torch.bfloat16), None)
+    expected = torch.zeros(2, 116)  # a step is 1: a quarter is none
+    expected[:, place] = torch.tensor([-127.0, 127])
+    assert product(x).tolist() == expected.tolist()
 
 
 def test_rounding_keeps_every_value_within_half_a_step():

@@ -8,6 +8,25 @@
 
 namespace {
 
+// A line of the cache, in vectors: what they are stored as is next to each other.
+template <typename T>
+struct Line {
+    typedef typename T::Value Value;
+    static constexpr int64_t SIZE = Rows<Value>::CHUNK;
+    static constexpr int COUNT = SIZE / W;
+    Floats values[COUNT];
+
+    explicit Line(const Value* from) {
+        for (int n = 0; n < COUNT; n++) values[n] = T::widen(from + n * W);
+    }
+    INLINE void put(Value* to) const {
+        if constexpr (COUNT == 1)
+            T::narrow(to, values[0]);
+        else
+            for (int n = 0; n < COUNT; n += 2) T::narrow(to + n * W, values[n], values[n + 1]);
+    }
+};
+
 // hidden += delta (where there is one), then normed = hidden / rms(hidden) * weight. delta and
 // normed may be in strips.
 template <typename T>
@@ -15,7 +34,9 @@ void add_rms_norm(
     int64_t rows, int64_t size, float epsilon, void* hidden, const void* delta, const void* weight,
     void* normed, bool strips) {
     typedef typename T::Value Value;
-    const int64_t whole = size - size % W;
+    constexpr int64_t LINE = Line<T>::SIZE;
+    constexpr int COUNT = Line<T>::COUNT;
+    const int64_t whole = size - size % LINE;
     const Value* scale = static_cast<const Value*>(weight);
     const Rows<const Value> deltas(static_cast<const Value*>(delta), size, strips);
     const Rows<Value> outs(static_cast<Value*>(normed), size, strips);
@@ -25,21 +46,31 @@ void add_rms_norm(
         Value* to = outs.row(i);
         if (delta != nullptr) {
             const Value* more = deltas.row(i);
-            for (int64_t j = 0; j < whole; j += W)
-                T::narrow(row + j, T::widen(row + j) + T::widen(more + deltas.place(j)));
+            for (int64_t j = 0; j < whole; j += LINE) {
+                Line<T> x(row + j);
+                const Line<T> added(more + deltas.place(j));
+                for (int n = 0; n < COUNT; n++) x.values[n] += added.values[n];
+                x.put(row + j);
+            }
             for (int64_t j = whole; j < size; j++)
                 row[j] = T::put(T::get(row[j]) + T::get(more[deltas.place(j)]));
         }
-        Floats squares{};
-        for (int64_t j = 0; j < whole; j += W) {
-            const Floats x = T::widen(row + j);
-            squares += x * x;
+        Floats squares[COUNT] = {};  // sums that do not wait for each other
+        for (int64_t j = 0; j < whole; j += LINE) {
+            const Line<T> x(row + j);
+            for (int n = 0; n < COUNT; n++) squares[n] += x.values[n] * x.values[n];
         }
-        float total = sum(squares);
+        float total = 0.0f;
+        for (int n = 0; n < COUNT; n++) total += sum(squares[n]);
         for (int64_t j = whole; j < size; j++) total += T::get(row[j]) * T::get(row[j]);
         const float inverse = 1.0f / std::sqrt(total / float(size) + epsilon);
-        for (int64_t j = 0; j < whole; j += W)
-            T::narrow(to + outs.place(j), T::widen(row + j) * inverse * T::widen(scale + j));
+        for (int64_t j = 0; j < whole; j += LINE) {
+            Line<T> x(row + j);
+            const Line<T> scales(scale + j);
+            for (int n = 0; n < COUNT; n++)
+                x.values[n] = x.values[n] * inverse * scales.values[n];
+            x.put(to + outs.place(j));
+        }
         for (int64_t j = whole; j < size; j++)
             to[outs.place(j)] = T::put(T::get(row[j]) * inverse * T::get(scale[j]));
     }

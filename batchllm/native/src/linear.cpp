@@ -20,6 +20,7 @@
 
 #include "linear_tiles.h"
 #include "products.h"
+#include "rounding.h"
 
 namespace {
 
@@ -131,34 +132,6 @@ void multiply(
                     int(end - begin), linear, x + begin * linear.inputs, row_scales + begin, panel,
                     out + begin * linear.outputs);
             }
-}
-
-// Rounds a row to 128 + [-127, 127]; returns its scale. Not a number anywhere: the scale is none.
-template <typename T>
-float round_row(
-    const Rows<const typename T::Value>& all, int64_t i, const Rows<Int8Product::Value>& rounded) {
-    const typename T::Value* row = all.row(i);
-    Int8Product::Value* to = rounded.row(i);
-    const int64_t size = all.size, whole = size - size % W;
-    Floats most{}, sums{};
-    for (int64_t j = 0; j < whole; j += W) {
-        const Floats v = T::widen(row + all.place(j));
-        most = largest(v < 0.0f ? -v : v, most);
-        sums += v - v;  // 0, or not a number
-    }
-    float peak = largest(most), nothing = sum(sums);
-    for (int64_t j = whole; j < size; j++) {
-        const float v = T::get(row[all.place(j)]);
-        peak = std::max(peak, std::fabs(v));
-        nothing += v - v;
-    }
-    const float inverse = peak > 0.0f ? 127.0f / peak : 0.0f;
-    for (int64_t j = 0; j < whole; j += W)
-        Int8Product::put(to + rounded.place(j), T::widen(row + all.place(j)) * inverse);
-    for (int64_t j = whole; j < size; j++)
-        to[rounded.place(j)] = Int8Product::Value(
-            int(std::nearbyint(T::get(row[all.place(j)]) * inverse)) + 128);
-    return peak / 127.0f + nothing;
 }
 
 template <typename T>

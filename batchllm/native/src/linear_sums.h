@@ -98,10 +98,12 @@ class Outputs : public StoredSums<In> {
             To* to = out + row * all.stride;
             if (gated)
                 Out::narrow(to, silu<Out::COARSE>(value(0)) * value(1));
-            else if (left >= TILE_PANEL)
-                Out::narrow(to, value(0)), Out::narrow(to + second, value(1));
-            else
+            else if (left < TILE_PANEL)
                 write_first(to);
+            else if constexpr (Rows<To>::CHUNK >= TILE_PANEL)
+                Out::narrow(to, value(0), value(1));
+            else
+                Out::narrow(to, value(0)), Out::narrow(to + second, value(1));
         }
     }
 };

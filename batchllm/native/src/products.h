@@ -100,11 +100,13 @@ struct Int8Product {
 
     static INLINE Floats floats(Sums sums) { return __builtin_convertvector(sums, Floats); }
 
+    // 1.5 * 2^23 and 128: added to a number, the low byte is the number rounded, 128 added.
+    static constexpr float ROUND = 12582912.0f + 128.0f;
+
     // Stores W numbers in [-127, 127], rounded to the nearest.
     static INLINE void put(Value* to, Floats v) {
         typedef Value Values __attribute__((vector_size(W * sizeof(Value))));
-        const Floats round = broadcast(12582912.0f + 128.0f);  // 1.5 * 2^23: the low byte is the sum
-        store(to, __builtin_convertvector((Words)(v + round) & 0xff, Values));
+        store(to, __builtin_convertvector((Words)(v + ROUND) & 0xff, Values));
     }
 
     static INLINE Words part(Words column, int p) {
