@@ -13,7 +13,7 @@
 
 #if defined(BATCHLLM_TILES)
 static_assert(STRIP == 2 * TILE_ROWS, "a strip is two tiles of rows");
-constexpr int TILE_PANEL = 2 * W;          // outputs
+constexpr int TILE_PANEL = 2 * W;  // outputs
 
 // As they were stored from tiles.
 template <typename In>
@@ -66,7 +66,7 @@ class Outputs : public StoredSums<In> {
     using StoredSums<In>::value;
     const Rows<typename Out::Value> all;
     typename Out::Value* out = nullptr;
-    int64_t second = 0;  // vector, so far behind the first
+    int64_t second = 0;  // vector, so far behind the first where a panel is several chunks
     int64_t left = 0;
     bool gated = false;
 

@@ -30,10 +30,12 @@ struct RoundedChunks<Bfloat16> {
         const __m512i all = _mm512_max_epu32(low, _mm512_srli_epi32(most, 16));
         return float_of(uint16_t(_mm512_reduce_max_epu32(all)));
     }
-    static INLINE void put(uint8_t* to, const uint16_t* from, Floats inverse, Floats round) {
+    static INLINE void put(uint8_t* to, const uint16_t* from, float inverse) {
         const Words pairs = load<Words>(from);
-        const Words even = (Words)((Floats)(pairs << 16) * inverse + round);
-        const Words odd = (Words)((Floats)(pairs & int32_t(0xffff0000u)) * inverse + round);
+        const auto rounded = [&](Words upper) {
+            return (Words)((Floats)upper * inverse + Int8Product::ROUND);
+        };
+        const Words even = rounded(pairs << 16), odd = rounded(pairs & int32_t(0xffff0000u));
         const Words both = (even & 0xff) | (odd << 8);
         store(to, _mm512_cvtepi32_epi16((__m512i)both));
     }
@@ -72,9 +74,7 @@ float round_row(
     const float inverse = peak > 0.0f ? 127.0f / peak : 0.0f;
     if constexpr (Chunks::CAN)
         for (int64_t c = 0; c < chunked / CHUNK; c++)
-            Chunks::put(
-                to + rounded.place(c * CHUNK), row + c * all.chunk_stride, broadcast(inverse),
-                broadcast(Int8Product::ROUND));
+            Chunks::put(to + rounded.place(c * CHUNK), row + c * all.chunk_stride, inverse);
     for (int64_t j = chunked; j < whole; j += W)
         Int8Product::put(to + rounded.place(j), T::widen(row + all.place(j)) * inverse);
     for (int64_t j = whole; j < size; j++)
