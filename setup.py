@@ -27,7 +27,7 @@ if platform.machine() in ("x86_64", "AMD64"):
         "avx512_bf16": BF16,
         "amx": [*BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"],
     }
-KERNELS = ("attention", "block", "elementwise", "linear")
+KERNELS = ("attention", "block", "elementwise", "linear", "packing")
 SOURCES = [f"batchllm/native/src/{name}.cpp" for name in KERNELS]
 HEADERS = sorted(map(str, Path("batchllm/native/src").glob("*.h")))
 DEPENDS = [*HEADERS, "setup.py"]  # the flags are here

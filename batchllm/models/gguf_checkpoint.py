@@ -50,7 +50,7 @@ _NAMES = {
 _Index = NDArray[np.intp] | slice
 _TENSOR_NAME = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<part>\w+)\.(?P<kind>weight|bias)")
 # Enough elements that numpy's overhead vanishes, few enough that a chunk stays in the cache.
-_CHUNK_ELEMENTS = 1 << 20
+_CHUNK_ELEMENTS = 1 << 18
 _COPY_ELEMENTS = 1 << 15
 _MOST_THREADS = 8  # that dequantise, each a tensor that must have room
 
@@ -178,7 +178,7 @@ def can_dequantize(tensor: GGUFTensor) -> bool:
 def dequantized_chunks(
     rows: NDArray[np.uint8], tensor: GGUFTensor
 ) -> Iterator[NDArray[np.float32]]:
-    """A tensor's values in order, as fresh float32 [some rows, row length] arrays of about 4 MiB.
+    """A tensor's values in order, as fresh float32 [some rows, row length] arrays of about 1 MiB.
 
     `rows` are its stored bytes, uint8 [rows, bytes per row].
     """

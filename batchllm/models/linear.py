@@ -50,7 +50,7 @@ class Linear:
             return self._product(x)
         assert self.weight is not None
         if self.input_peaks is not None:
-            self.input_peaks = torch.maximum(self.input_peaks, x.float().abs().amax(dim=0))
+            self.see(x)
         return F.linear(x, self.weight, self.bias)
 
     def argmax(self, x: torch.Tensor) -> torch.Tensor | None:
@@ -67,6 +67,11 @@ class Linear:
         """From now on keep the largest of each input, without sign, in `input_peaks`."""
         assert self.weight is not None, "packed already"
         self.input_peaks = torch.zeros(self.weight.shape[1])
+
+    def see(self, x: torch.Tensor) -> None:
+        """Let rows [rows, inputs] count among the inputs observed."""
+        assert self.input_peaks is not None, "not observing"
+        self.input_peaks = torch.maximum(self.input_peaks, x.abs().amax(dim=0).float())
 
     def weight_peaks(self) -> torch.Tensor:
         """The largest weight of each input, without sign, float32 [inputs]."""

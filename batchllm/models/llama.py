@@ -100,8 +100,7 @@ class LlamaModel:
         for linear in self._linears():
             linear.observe()
         hidden = self.forward(token_ids, attend, torch.arange(len(token_ids)))
-        for rows in torch.split(hidden, 256):  # not all at once: a vocabulary is wide
-            self.logits(rows)
+        self._head.see(self._normed(hidden))  # nobody asks what it puts out
         if self.config.tie_word_embeddings:
             assert self._head.weight is not None
             self._head.weight = self._head.weight.clone()

@@ -6,11 +6,9 @@ from ctypes import c_int64, c_void_p
 import torch
 import torch.nn.functional as F
 
-from batchllm.models.linear import Product, pack_torch, pack_torch_int8, round_to_int8
+from batchllm.models.linear import Product, pack_torch, pack_torch_int8
 from batchllm.native.kernels import NO_STRIPS, NativeKernels, whole_strips
 from batchllm.native.pages import Slabs
-
-_OFFSET = 128  # what x is stored with, see linear.cpp
 
 
 class _PackedLinear(ctypes.Structure):
@@ -62,8 +60,6 @@ class NativeProducts:
             return None
         if inputs * value_bytes % self._kernels.gated_row_bytes:
             return None
-        weight = _in_turn(weight, width)
-        bias = None if bias is None else _in_turn(bias, width)
         make = self._rounded if quantization == "int8" else self._plain
         return make(weight, bias, gated=True)
 
@@ -71,7 +67,7 @@ class NativeProducts:
         self, weight: torch.Tensor, bias: torch.Tensor | None, *, gated: bool = False
     ) -> Product:
         kernels, is_bfloat16 = self._kernels, weight.dtype == torch.bfloat16
-        packed = _Packed(kernels, self._slabs, weight, bias, gated=gated)
+        packed = _Packed(kernels, self._slabs, weight, bias, is_int8=False, gated=gated)
         widens = is_bfloat16 and kernels.widened_bytes > 0  # to float32
         return NativeProduct(kernels, packed, is_int8=False, scratch_bytes=4 if widens else 0)
 
@@ -79,17 +75,8 @@ class NativeProducts:
         self, weight: torch.Tensor, bias: torch.Tensor | None, *, gated: bool = False
     ) -> Product:
         kernels = self._kernels
-        rounded, scales = round_to_int8(weight)
-        if kernels.rounded_bytes == 2:  # the order that its inputs are taken in, see linear.h
-            rounded = rounded.view(-1, 4)[:, [0, 2, 1, 3]].view(rounded.shape)
-        packed = _Packed(kernels, self._slabs, rounded, bias, scales, gated=gated)
+        packed = _Packed(kernels, self._slabs, weight, bias, is_int8=True, gated=gated)
         return NativeProduct(kernels, packed, is_int8=True, scratch_bytes=kernels.rounded_bytes)
-
-
-def _in_turn(gates_and_ups: torch.Tensor, width: int) -> torch.Tensor:
-    """`width` rows of the first half, as many of the second, and so on."""
-    halves = gates_and_ups.view(2, -1, width, *gates_and_ups.shape[1:])
-    return halves.transpose(0, 1).reshape(gates_and_ups.shape)
 
 
 class NativeProduct:
@@ -145,23 +132,21 @@ class _Packed:
         slabs: Slabs,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
-        scales: torch.Tensor | None = None,
         *,
-        gated: bool = False,
+        is_int8: bool,
+        gated: bool,
     ) -> None:
         rows, self.inputs = weight.shape
         self.outputs = rows // 2 if gated else rows
-        width = kernels.panel_width
-        more = -rows % width
-        words = weight.contiguous().view(torch.int32)  # a group of inputs is a word
-        panels = F.pad(words, (0, 0, 0, more)).view(-1, width, words.shape[1])
-        starts = None
-        if scales is not None:
-            starts = F.pad(-_OFFSET * weight.sum(dim=1, dtype=torch.int32), (0, more))
-            scales = F.pad(scales, (0, more))
+        whole = -(-rows // kernels.panel_width) * kernels.panel_width
+        value_bytes = 1 if is_int8 else weight.element_size()
+        scales = torch.empty(whole) if is_int8 else None
+        starts = torch.empty(whole, dtype=torch.int32) if is_int8 else None
         if bias is not None:
-            bias = F.pad(bias.float(), (0, more))
-        self._tensors = (slabs.copy(panels.transpose(1, 2)), scales, starts, bias)
+            bias = F.pad(_in_turn(bias, kernels.gated_width) if gated else bias, (0, whole - rows))
+            bias = bias.float()
+        panels = slabs.take(whole * self.inputs * value_bytes)
+        self._tensors = (panels, scales, starts, bias)
         self._struct = _PackedLinear(
             self.inputs,
             rows,
@@ -170,3 +155,10 @@ class _Packed:
         )
         self.pointer = ctypes.addressof(self._struct)
         self.gated = gated
+        weight = weight.contiguous()
+        kernels.pack(weight.dtype == torch.bfloat16, self.pointer, weight.data_ptr())
+
+
+def _in_turn(gates_and_ups: torch.Tensor, width: int) -> torch.Tensor:
+    """A bias as gated panels have it: in turn `width` of the first half and of the second."""
+    return gates_and_ups.view(2, -1, width).transpose(0, 1).reshape(-1)

@@ -51,6 +51,8 @@ class NativeKernels:
         self.linear.argtypes = [c_int32, c_int64, *[c_void_p] * 4, c_int32]
         self.linear_int8 = library.batchllm_linear_int8
         self.linear_int8.argtypes = [c_int32, c_int64, *[c_void_p] * 5, c_int32]
+        self.pack = library.batchllm_pack
+        self.pack.argtypes = [c_int32, c_void_p, c_void_p]
         self.linear_argmax = library.batchllm_linear_argmax
         self.linear_argmax.argtypes = [c_int32, c_int32, c_int64, *[c_void_p] * 5]
         self.linear_argmax.restype = c_int32
@@ -67,6 +69,7 @@ class NativeKernels:
             self.argmax,
             self.linear,
             self.linear_int8,
+            self.pack,
         ):
             function.restype = None
         self.panel_width: int = library.batchllm_panel_width()

@@ -31,15 +31,14 @@ class Slabs:
         self._slab = torch.empty(0, dtype=torch.uint8)
         self._used = 0
 
-    def copy(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The same values, contiguous, in a slab."""
-        size = tensor.numel() * tensor.element_size()
+    def take(self, size: int) -> torch.Tensor:
+        """So many bytes, not set to anything, uint8 [size]."""
         if self._used + size > self._slab.numel():
             try:
                 self._slab = zero_pages((max(size, _SLAB_BYTES),), torch.uint8)
             except OSError:
-                return tensor.contiguous()
+                return torch.empty(size, dtype=torch.uint8)
             self._used = 0
-        place = self._slab[self._used : self._used + size].view(tensor.dtype)
+        place = self._slab[self._used : self._used + size]
         self._used += -(-size // _LINE) * _LINE
-        return place.view(tensor.shape).copy_(tensor)
+        return place

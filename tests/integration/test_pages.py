@@ -1,4 +1,4 @@
-"""Weights in large pages."""
+"""Memory for weights, in large pages."""
 
 import pytest
 import torch
@@ -7,32 +7,30 @@ from batchllm.native import pages
 from batchllm.native.pages import Slabs
 
 
-def test_copies_are_equal_apart_and_begin_lines():
+def test_pieces_are_apart_and_begin_lines():
     slabs = Slabs()
-    tensors = [
-        torch.randn(n, 7).to(dtype) for n in (1, 3, 50) for dtype in (torch.bfloat16, torch.float32)
-    ]
-    copies = [slabs.copy(tensor.T) for tensor in tensors]
-    for tensor, copy in zip(tensors, copies, strict=True):
-        assert copy.is_contiguous() and copy.data_ptr() % 64 == 0
-        assert torch.equal(copy, tensor.T)
-    copies[0].zero_()
-    assert all(torch.equal(copy, t.T) for t, copy in zip(tensors[1:], copies[1:], strict=True))
+    pieces = [slabs.take(size) for size in (1, 64, 100, 7, 4096)]
+    for i, piece in enumerate(pieces):
+        assert piece.dtype == torch.uint8 and piece.data_ptr() % 64 == 0
+        piece.fill_(i)
+    assert [len(piece) for piece in pieces] == [1, 64, 100, 7, 4096]
+    assert all((piece == i).all() for i, piece in enumerate(pieces))
 
 
 def test_what_is_larger_than_a_slab_gets_one_of_its_own(monkeypatch):
     monkeypatch.setattr(pages, "_SLAB_BYTES", 256)
     slabs = Slabs()
-    tensors = [torch.randn(n) for n in (16, 100, 16, 63, 1)]
-    copies = [slabs.copy(tensor) for tensor in tensors]
-    assert all(map(torch.equal, tensors, copies))
+    pieces = [slabs.take(size) for size in (64, 400, 64, 252, 4)]
+    for i, piece in enumerate(pieces):
+        piece.fill_(i)
+    assert [len(piece) for piece in pieces] == [64, 400, 64, 252, 4]
+    assert all((piece == i).all() for i, piece in enumerate(pieces))
 
 
-@pytest.mark.parametrize("shape", [(3, 5), (0, 4)])
-def test_small_pages_do_where_the_system_gives_no_large_ones(monkeypatch, shape):
+@pytest.mark.parametrize("size", [60, 0])
+def test_small_pages_do_where_the_system_gives_no_large_ones(monkeypatch, size):
     def none(shape, dtype):
         raise OSError(12, "Cannot allocate memory")
 
     monkeypatch.setattr(pages, "zero_pages", none)
-    tensor = torch.randn(shape)
-    assert torch.equal(Slabs().copy(tensor.T), tensor.T)
+    assert Slabs().take(size).shape == (size,)

@@ -1,8 +1,7 @@
 // Products of rows with a packed weight: x . weight', for few rows as for many.
 //
-// The weight lies in panels of PANEL outputs, [inputs / GROUP][PANEL][GROUP], zeros behind the last
-// output, so that a strip of LINEAR_ROWS rows times a panel keeps its sums in registers and reads
-// both operands in order. A thread takes a block of rows that stays in the second-level cache times
+// The weight lies in panels (panels.h), so that a strip of LINEAR_ROWS rows times a panel keeps its
+// sums in registers and reads both operands in order. A thread takes a block of rows that stays in the second-level cache times
 // one panel; with few rows there is one block, and every panel is read from memory once. In matrix
 // tiles the same panels are multiplied in an order of their own (linear_tiles.h).
 //
@@ -19,20 +18,20 @@
 #include <vector>
 
 #include "linear_tiles.h"
+#include "panels.h"
 #include "products.h"
 #include "rounding.h"
 
 namespace {
 
 #if defined(BATCHLLM_TILES)
-constexpr int LINEAR_ROWS = 12, LINEAR_COLUMNS = 2;  // for what does not fit tiles
+constexpr int LINEAR_ROWS = 12;  // for what does not fit tiles
 #elif defined(__AVX512F__)
-constexpr int LINEAR_ROWS = 8, LINEAR_COLUMNS = 3;
+constexpr int LINEAR_ROWS = 8;
 #else
-constexpr int LINEAR_ROWS = 6, LINEAR_COLUMNS = 2;
+constexpr int LINEAR_ROWS = 6;
 #endif
 constexpr int LINE = 16;  // words in a line of the cache
-constexpr int PANEL = LINEAR_COLUMNS * W;
 constexpr int64_t ROWS_BYTES = 256 * 1024;  // a block's, beside a panel in the second-level cache
 constexpr int AHEAD = 40;                   // groups of a panel are fetched so early
 #if defined(BATCHLLM_TILES)

@@ -13,9 +13,9 @@ struct PackedLinear {
     int64_t inputs;
     int64_t outputs;
     int64_t gated;
-    const void* panels;
-    const float* scales;
-    const int32_t* starts;
+    void* panels;
+    float* scales;
+    int32_t* starts;
     const float* bias;
 };
 
@@ -37,6 +37,11 @@ int32_t batchllm_widened_bytes();
 // Bytes of a rounded value of x. Where it is two, the four inputs of an int8 weight's word lie in
 // the order 0, 2, 1, 3.
 int32_t batchllm_rounded_bytes();
+
+// Packs a weight [outputs, inputs], bfloat16 or float32, of a gated one all gates and then all ups:
+// to what `linear` points to, for int8 rounded to [-127, 127]. Its bias is the caller's. Inputs are
+// whole words. An output one of whose weights is not finite has a scale that is not a number.
+void batchllm_pack(int32_t is_bfloat16, const PackedLinear* linear, const void* weight);
 
 // Rows that lie in strips (strips.h), or none of both.
 enum Strips { IN_STRIPS = 1, OUT_STRIPS = 2 };

@@ -1,4 +1,4 @@
-// Products in matrix tiles: strips of up to 32 rows times the panels of linear.cpp.
+// Products in matrix tiles: strips of up to 32 rows times the panels of a weight (panels.h).
 //
 // A step of a strip and a panel is four products of tiles. To read their operands takes half as
 // long from the first-level cache, and longer from the second, which two of the four may come from.
