@@ -137,8 +137,8 @@ class LlamaModel:
             token_ids: int [num_tokens].
             attend: writes keys and values to the cache and attends; called once a layer, where
                 kernels cannot do so themselves (`CompiledAttend`).
-            sample_rows: int64 [num_samples]. What the last layer computes after its attention
-                concerns nobody else, so it is computed for these alone.
+            sample_rows: int64 [num_samples], ascending. What the last layer computes after its
+                attention concerns nobody else, so it is computed for these alone.
         """
         compiled = attend if isinstance(attend, CompiledAttend) else None
         layers = self.layers(token_ids, sample_rows, compiled)
@@ -158,7 +158,8 @@ class LlamaModel:
     ) -> Layers:
         """The same, for who attends to several passes in turn.
 
-        With `attend` kernels may do all layers but the last before it stops.
+        With `attend` kernels may do all layers before it stops but the last, or, where all tokens
+        are to sample, that one, too.
         """
         operations, shard, eps = self._operations, self._shard, self.config.rms_norm_eps
 
@@ -171,6 +172,8 @@ class LlamaModel:
         shape, begin, last = (hidden.shape[0], -1, self.config.head_dim), 0, len(self._layers) - 1
         qkv = next_qkv(0, None)
         if blocks is not None and attend is not None:
+            if len(sample_rows) == len(hidden) and blocks.run_through(qkv.view(shape), attend):
+                return hidden
             result = blocks.run_all(qkv.view(shape), attend)
             if result is not None:
                 begin, qkv = last, result

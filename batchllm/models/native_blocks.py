@@ -3,7 +3,6 @@
 import ctypes
 from collections.abc import Sequence
 from ctypes import c_float, c_int32, c_int64, c_void_p
-from itertools import pairwise
 
 import torch
 
@@ -35,7 +34,7 @@ class _Memory(ctypes.Structure):
 
 
 class NativeBlocks:
-    """The blocks between the attentions of `layers`, which are kept; all products are of a kind."""
+    """The blocks behind the attentions of `layers`, which are kept; all products are of a kind."""
 
     def __init__(self, kernels: NativeKernels, layers: Sequence[LayerParts], eps: float) -> None:
         self._kernels = kernels
@@ -56,10 +55,10 @@ class NativeBlocks:
                 layer.post_norm.data_ptr(),
                 _native(layer.gate_up).packed.pointer,
                 _native(layer.down).packed.pointer,
-                following.input_norm.data_ptr(),
-                _native(following.qkv).packed.pointer,
+                None if following is None else following.input_norm.data_ptr(),
+                None if following is None else _native(following.qkv).packed.pointer,
             )
-            for layer, following in pairwise(layers)
+            for layer, following in zip(layers, [*layers[1:], None], strict=True)
         ]
         self._blocks = (_Block * len(blocks))(*blocks)
 
@@ -102,16 +101,23 @@ class NativePass:
 
     def run_all(self, qkv: torch.Tensor, attend: CompiledAttend) -> torch.Tensor | None:
         """See `BlockPass`."""
-        count = len(self._blocks)
+        count = len(self._blocks) - 1
         if count == 0:
             return qkv.flatten(1)
+        return self._qkv if self._run_first(count, qkv, attend) else None
+
+    def run_through(self, qkv: torch.Tensor, attend: CompiledAttend) -> bool:
+        """See `BlockPass`."""
+        return self._run_first(len(self._blocks), qkv, attend)
+
+    def _run_first(self, count: int, qkv: torch.Tensor, attend: CompiledAttend) -> bool:
         calls = attend.calls([qkv, *[self._qkv.view(qkv.shape)] * (count - 1)])
         if calls is None or calls.kernels is not self._kernels:
-            return None
+            return False
         self._kernels.layers(
             calls.step, calls.layers, self._blocks, ctypes.byref(self._memory), count
         )
-        return self._qkv
+        return True
 
     def run(self, layer: int, attended: torch.Tensor) -> torch.Tensor:
         """See `BlockPass`."""

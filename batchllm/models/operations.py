@@ -50,7 +50,7 @@ class CompiledAttend(Protocol):
     """Attention that kernels can call without coming back to Python between layers."""
 
     def calls(self, qkv: Sequence[torch.Tensor]) -> AttentionCalls | None:
-        """For the first layers, whose [n, heads + 2 kv_heads, d] are given; None where it can't."""
+        """For as many layers as [n, heads + 2 kv_heads, d] are given; None where it can't."""
         ...
 
 
@@ -61,6 +61,13 @@ class BlockPass(Protocol):
         """From the first layer's qkv to the last one's, with all attention between them.
 
         None where that takes several calls.
+        """
+        ...
+
+    def run_through(self, qkv: torch.Tensor, attend: CompiledAttend) -> bool:
+        """From the first layer's qkv through all layers, to what these make of the hidden states.
+
+        False, and nothing done, where that takes several calls.
         """
         ...
 

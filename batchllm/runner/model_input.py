@@ -48,7 +48,7 @@ class ModelInput:
 
     `token_ids` int32 [num_tokens]; `positions` int64 [num_tokens], in the prompt; `slots` int64
     [num_tokens], where each token's KV goes (block id x block size + place in the block);
-    `sample_rows` int64 [num_samples], the tokens whose logits are wanted.
+    `sample_rows` int64 [num_samples], the tokens whose logits are wanted, ascending.
     """
 
     token_ids: TokenIds

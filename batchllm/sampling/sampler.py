@@ -49,11 +49,11 @@ def put_draws(samples: Samples, vocab_size: int, put: Put) -> list[Draws]:
     How a row is drawn never depends on which others there are, so those that are filtered otherwise
     are apart.
     """
+    if all(samples.params[i].greedy for i in set(samples.params_index.tolist())):
+        return []
     used, which = np.unique(samples.params_index, return_inverse=True)
     params = [samples.params[i] for i in used]
     random = np.flatnonzero(~np.array([p.greedy for p in params], dtype=np.bool_)[which])
-    if len(random) == 0:
-        return []
     which = which[random]
     numbers = uniform(
         np.array([p.seed for p in params], dtype=np.int64)[which],

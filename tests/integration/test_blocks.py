@@ -78,7 +78,7 @@ def test_two_passes_at_once_do_not_meet():
     assert all(map(torch.equal, alone, together))
 
 
-def run_step(model, make_backend, one_call, kv_dtype=None):
+def run_step(model, make_backend, one_call, kv_dtype=None, rows=(22, 27)):
     """A step of two rows under a prefix, all in one step; what was computed, and the cache."""
     ranges = [(0, 20, 20, True, 0), (20, 23, 3, True, 20), (23, 28, 5, True, 20)]
     step = step_of(items_of([*ranges, (20, 28, 20, False, 0)], 16), 16)
@@ -99,18 +99,21 @@ def run_step(model, make_backend, one_call, kv_dtype=None):
     hidden = model.forward(
         torch.from_numpy(step.token_ids),
         attend if one_call else attend.__call__,
-        torch.tensor([22, 27]),
+        torch.tensor(rows),
     )
     return hidden, cache.keys, cache.values
 
 
+@pytest.mark.parametrize("rows", [(22, 27), range(28)], ids=["some", "all"])
 @pytest.mark.parametrize("num_layers", [1, 2, 4])
 @pytest.mark.parametrize(
     "quantization, kv_dtype", [(None, None), ("int8", None), ("int8", torch.int8)]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("target", TARGETS)
-def test_all_layers_in_one_call_equal_one_by_one(target, dtype, quantization, kv_dtype, num_layers):
+def test_all_layers_in_one_call_equal_one_by_one(
+    target, dtype, quantization, kv_dtype, num_layers, rows
+):
     kernels, calls = load_kernels(target), []
 
     def backend(block_size, head_dim):
@@ -129,9 +132,10 @@ def test_all_layers_in_one_call_equal_one_by_one(target, dtype, quantization, kv
     with torch.inference_mode():
         config = tiny_config(num_hidden_layers=num_layers)
         model = make(NativeOperations, config, load_kernels(target), dtype, quantization)
-        together, apart = (run_step(model, backend, way, kv_dtype) for way in (True, False))
+        together, apart = (run_step(model, backend, way, kv_dtype, rows) for way in (True, False))
     of_torch = target == "portable" and quantization is None  # products, which kernels cannot call
-    assert calls == ([] if of_torch or num_layers == 1 else [num_layers - 1])
+    in_one = num_layers - (len(rows) < 28)
+    assert calls == ([] if of_torch or in_one == 0 else [in_one])
     assert together[0].isfinite().all() and together[0].std() > 0.01
     assert all(map(torch.equal, together, apart))
 
@@ -144,7 +148,8 @@ def test_other_kernels_attention_is_not_called():
 
     with torch.inference_mode():
         blocks = packed_blocks(PLAIN, TARGETS[0])
-        assert blocks.start(torch.zeros(3, 64)).run_all(torch.zeros(3, 8, 16), Others()) is None
+        begun, qkv = blocks.start(torch.zeros(3, 64)), torch.zeros(3, 8, 16)
+        assert begun.run_all(qkv, Others()) is None and not begun.run_through(qkv, Others())
 
 
 def test_another_backends_attention_is_called_layer_by_layer():

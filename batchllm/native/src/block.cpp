@@ -28,7 +28,7 @@ extern "C" void batchllm_block(
     // Where all products can, what lies between them is in strips: normed, inner and delta.
     int32_t strips = b.gate_up->gated ? IN_STRIPS | OUT_STRIPS : 0;
     for (const PackedLinear* linear : {b.output, b.gate_up, b.down, b.qkv})
-        if (!batchllm_takes_strips(b.is_bfloat16, b.is_int8, linear)) strips = 0;
+        if (linear && !batchllm_takes_strips(b.is_bfloat16, b.is_int8, linear)) strips = 0;
     const auto norm = [&](const void* weight) {
         batchllm_add_rms_norm(
             b.is_bfloat16, rows, b.hidden_size, b.epsilon, m.hidden, m.delta, weight, m.normed,
@@ -45,7 +45,7 @@ extern "C" void batchllm_block(
     }
     multiply(b, m, rows, b.down, m.inner, m.delta, strips);
     norm(b.input_norm);
-    multiply(b, m, rows, b.qkv, m.normed, m.qkv, strips & IN_STRIPS);
+    if (b.qkv) multiply(b, m, rows, b.qkv, m.normed, m.qkv, strips & IN_STRIPS);
 }
 
 extern "C" void batchllm_layers(

@@ -10,7 +10,7 @@
 extern "C" {
 
 // Products are of int8 weights or of the activations' type; `gate_up` may be gated. `qkv` and
-// `input_norm` are the next layer's.
+// `input_norm` are the next layer's, and null behind the last one.
 struct Block {
     int64_t hidden_size;
     float epsilon;
@@ -39,13 +39,13 @@ struct BlockMemory {
     float* row_scales;
 };
 
-// From `attended` [rows, heads * head_dim] to the next layer's queries, keys and values; `hidden` is
-// updated in place.
+// From `attended` [rows, heads * head_dim] to the next layer's queries, keys and values, if there is
+// one; `hidden` is updated in place.
 void batchllm_block(
     const Block* block, const BlockMemory* memory, int64_t rows, const void* attended);
 
 // The first `count` layers, attention and what follows it. The first layer's `qkv` was computed, the
-// others' is the memory's, and so is what the last block leaves.
+// others' is the memory's, and so is what the last of these blocks leaves.
 void batchllm_layers(
     const Step* step, const Layer* layers, const Block* blocks, const BlockMemory* memory,
     int64_t count);

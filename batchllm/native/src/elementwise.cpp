@@ -27,8 +27,8 @@ struct Line {
     }
 };
 
-// hidden += delta (where there is one), then normed = hidden / rms(hidden) * weight. delta and
-// normed may be in strips.
+// hidden += delta (where there is one), then normed = hidden / rms(hidden) * weight (the same).
+// delta and normed may be in strips.
 template <typename T>
 void add_rms_norm(
     int64_t rows, int64_t size, float epsilon, void* hidden, const void* delta, const void* weight,
@@ -43,7 +43,6 @@ void add_rms_norm(
 #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < rows; i++) {
         Value* row = static_cast<Value*>(hidden) + i * size;
-        Value* to = outs.row(i);
         if (delta != nullptr) {
             const Value* more = deltas.row(i);
             for (int64_t j = 0; j < whole; j += LINE) {
@@ -55,6 +54,8 @@ void add_rms_norm(
             for (int64_t j = whole; j < size; j++)
                 row[j] = T::put(T::get(row[j]) + T::get(more[deltas.place(j)]));
         }
+        if (weight == nullptr) continue;
+        Value* to = outs.row(i);
         Floats squares[COUNT] = {};  // sums that do not wait for each other
         for (int64_t j = 0; j < whole; j += LINE) {
             const Line<T> x(row + j);
