@@ -9,13 +9,13 @@ from typing import Any
 import pyarrow as pa
 import ray
 
+from batchllm.cpus import available_cpus
 from batchllm.errors import WorkerError
 from batchllm.integrations.answer import PartitionRun, answers_only
 from batchllm.integrations.call import PLACE, ROW, GenerateCall
 from batchllm.integrations.passes import by_place
 from batchllm.integrations.ray_tasks import REPORT
 from batchllm.integrations.summary import PartitionReport
-from batchllm.runner.threads import available_cpus
 
 PARTITION = "partition"
 """The column of the numbers that actors are handed."""

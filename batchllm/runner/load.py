@@ -4,6 +4,7 @@ Imports torch when a model is loaded: that takes seconds, and what can be refuse
 """
 
 from batchllm.config import EngineConfig
+from batchllm.cpus import available_cpus
 from batchllm.errors import UsageError
 from batchllm.models.checkpoint import Checkpoint
 from batchllm.models.fake_checkpoint import FAKE_MODEL, FakeCheckpoint
@@ -12,7 +13,7 @@ from batchllm.runner.choose_device import choose_device
 from batchllm.runner.clock import Clock
 from batchllm.runner.load_fake import load_fake
 from batchllm.runner.loaded import LoadedRunner
-from batchllm.runner.threads import available_cpus, choose_threads
+from batchllm.runner.threads import choose_threads
 
 
 def load_runner(

@@ -144,6 +144,53 @@ MACHINES: dict[str, Machine] = {
 }
 
 
+# Two cores with matrix tiles (AMX), measured the same way.
+_TILES = Machine(
+    name="cpu",
+    gemm_rates=(
+        *((1, 32e9), (4, 126e9), (16, 470e9), (32, 890e9), (64, 1450e9), (128, 1790e9)),
+        *((256, 2280e9), (512, 2750e9), (2048, 3330e9)),
+    ),
+    attention_rate=590e9,
+    bandwidth=31e9,
+    memory=8 << 30,
+    step_seconds=6.8e-3,
+    token_seconds=12e-6,
+    sample_seconds=76e-6,
+    kv_bandwidth=14.6e9,
+    segment_seconds=0.14e-3,
+    streaming_batched_tokens=4096,
+)
+_MEASURED_CORES = 2
+_MOST_READING = 16  # cores that a socket's memory keeps up with
+# What kernels of other kinds compute (native/kernels.py), of what those for bfloat16 products do.
+_CPU_SPEEDS = {"avx512_bf16": 1.0, "avx512_vnni": 0.75, "avx512": 0.75}
+_OTHER_SPEED = 0.3  # AVX2's
+
+
+def cpu_machine(kernels: str | None, num_cores: int) -> Machine:
+    """A CPU by the kind of kernels that run on it and its cores, until it is measured.
+
+    Cores are taken to be as fast as the two of a kind that were measured, and to read as fast, up
+    to as many as a socket's memory serves.
+    """
+    machine = _TILES if kernels == "amx" else MACHINES["cpu"]
+    cores = num_cores / _MEASURED_CORES
+    reading = min(num_cores, _MOST_READING) / _MEASURED_CORES
+    speed = cores if kernels == "amx" else cores * _CPU_SPEEDS.get(kernels or "", _OTHER_SPEED)
+    kv = machine.kv_bandwidth
+    return replace(
+        machine,
+        gemm_rates=tuple((tokens, rate * speed) for tokens, rate in machine.gemm_rates),
+        attention_rate=machine.attention_rate * speed,
+        bandwidth=machine.bandwidth * reading,
+        kv_bandwidth=None if kv is None else kv * reading,
+        token_seconds=machine.token_seconds / cores,
+        sample_seconds=machine.sample_seconds / cores,
+        segment_seconds=machine.segment_seconds / cores,
+    )
+
+
 def gpu_machine(name: str) -> Machine:
     """What a GPU can do that its driver calls `name`, or a like one if it is not known."""
     known = next((m for m in ("h200", "h100", "a100") if m in name.lower()), "a100")

@@ -4,16 +4,18 @@ import dataclasses
 import json
 from pathlib import Path
 
+from batchllm.cpus import available_cpus
 from batchllm.models.registered import default_cache_dir
-from batchllm.simulate.machine import MACHINES, Machine, gpu_machine
+from batchllm.native.kernels import usable_targets
+from batchllm.simulate.machine import Machine, cpu_machine, gpu_machine
 
 
 def this_machine(cache_dir: Path | None = None, *, gpu: str | None = None) -> Machine:
-    """What `batchllm bench --calibrate` found here, or else the built-in CPU or GPU.
+    """What `batchllm bench --calibrate` found here, or else what one like it can do.
 
     `gpu` is what its driver calls it, where a model runs on one.
     """
-    built_in = MACHINES["cpu"] if gpu is None else gpu_machine(gpu)
+    built_in = _cpu() if gpu is None else gpu_machine(gpu)
     path = _path(cache_dir, built_in.name)
     try:
         fields = json.loads(path.read_text())
@@ -29,6 +31,10 @@ def save_machine(machine: Machine, cache_dir: Path | None = None) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(dataclasses.asdict(machine), indent=1) + "\n")
     return path
+
+
+def _cpu() -> Machine:
+    return cpu_machine(next(iter(usable_targets()), None), available_cpus().best)
 
 
 def _path(cache_dir: Path | None, name: str) -> Path:

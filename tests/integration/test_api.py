@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from batchllm import LLM, SamplingParams
+from batchllm.cpus import available_cpus
 from batchllm.errors import UsageError
 from batchllm.models.safetensors_checkpoint import SafetensorsCheckpoint
-from batchllm.runner.threads import available_cpus
 
 PROMPTS = [f"the same beginning, number {i % 7} {'x' * (i % 5)}" for i in range(30)] + ["other"]
 PARAMS = SamplingParams(max_tokens=12)

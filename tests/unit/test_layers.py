@@ -19,13 +19,14 @@ ALLOWED = {
     "flashinfer_library": {"errors"},
     "prefix": {"errors", "request", "prefix"},
     "cgroup": set(),
+    "cpus": {"cgroup"},
     "child": {"errors"},
     "cache": {"errors", "cgroup", "cache"},
     "scheduler": {"errors", "request", "prefix", "cache", "scheduler"},
     "engine": {"errors", "request", "prefix", "cache", "scheduler"},
     "simulate": {
-        *("errors", "request", "prefix", "cache", "scheduler", "models", "least_squares"),
-        *("native", "simulate"),
+        *("errors", "request", "cpus", "prefix", "cache", "scheduler", "models"),
+        *("least_squares", "native", "simulate"),
     },
     "progress": {"prefix", "scheduler"},
     "io": {"errors", "request", "io"},
@@ -38,7 +39,7 @@ ALLOWED = {
     },
     "sampling": {"errors", "request", "scheduler", "flashinfer_library", "sampling"},
     "runner": {
-        *("errors", "request", "config", "cgroup", "child", "prefix", "cache", "scheduler"),
+        *("errors", "request", "config", "cpus", "child", "prefix", "cache", "scheduler"),
         *("engine", "attention", "models", "native", "flashinfer_library", "sampling"),
         *("simulate", "runner"),
     },
@@ -56,8 +57,8 @@ ALLOWED = {
         *("child", "models", "runner", "text", "watch", "replica_messages"),
     },
     "integrations": {
-        *("errors", "request", "config", "metrics", "prefix", "io", "models", "runner", "simulate"),
-        *("text", "prompting", "windows", "api", "integrations"),
+        *("errors", "request", "config", "metrics", "cpus", "prefix", "io", "models", "runner"),
+        *("simulate", "text", "prompting", "windows", "api", "integrations"),
     },
     "api": {
         "watch",

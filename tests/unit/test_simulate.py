@@ -9,14 +9,16 @@ from hypothesis import strategies as st
 from simulating import MACHINE, ROWS, SHAPE, leaf_outputs, plan_of, scheduler_for
 from yardstick import load_bound
 
+from batchllm.cpus import available_cpus
 from batchllm.errors import UsageError
+from batchllm.native.kernels import usable_targets
 from batchllm.scheduler.batch import StepOutput
 from batchllm.scheduler.streaming import StreamingScheduler
 from batchllm.simulate import choose
 from batchllm.simulate.bound import bound
 from batchllm.simulate.calibrate import MeasuredStep, calibrate
 from batchllm.simulate.cost import CostModel, work_of
-from batchllm.simulate.machine import MACHINES, get_machine
+from batchllm.simulate.machine import MACHINES, cpu_machine, get_machine
 from batchllm.simulate.saved import save_machine, this_machine
 from batchllm.simulate.shape import get_shape
 from batchllm.simulate.simulator import simulate
@@ -204,17 +206,18 @@ def test_calibration_finds_the_figures_that_made_the_steps():
 
 
 def test_a_calibrated_machine_is_kept(tmp_path):
-    assert this_machine(tmp_path) == MACHINES["cpu"]
+    built_in = cpu_machine(next(iter(usable_targets()), None), available_cpus().best)
+    assert this_machine(tmp_path) == built_in
     machine = replace(MACHINE, name="cpu", kv_bandwidth=7.0)
     path = save_machine(machine, tmp_path)
     assert this_machine(tmp_path) == machine
     path.write_text('{"name": "cpu", "of another version": 1}')
-    assert this_machine(tmp_path) == MACHINES["cpu"]
+    assert this_machine(tmp_path) == built_in
     assert this_machine(tmp_path, gpu="NVIDIA H200") == MACHINES["h200"]
     save_machine(replace(MACHINES["h200"], kv_bandwidth=7.0), tmp_path)
     assert this_machine(tmp_path, gpu="NVIDIA H200").kv_bandwidth == 7.0
     assert this_machine(tmp_path, gpu="NVIDIA H100 80GB HBM3") == MACHINES["h100"]
-    assert this_machine(tmp_path) == MACHINES["cpu"]
+    assert this_machine(tmp_path) == built_in
 
 
 def test_a_large_window_is_judged_by_runs_of_neighbours(monkeypatch):
@@ -232,3 +235,18 @@ def test_a_large_window_is_judged_by_runs_of_neighbours(monkeypatch):
     assert saved[0] == pytest.approx(saved[1], rel=0.1)
     again, leaves = choose.sample_leaves(some)
     assert again is some and np.array_equal(leaves, np.arange(some.tree.num_leaves))
+
+
+def test_a_cpu_is_as_fast_as_its_kind_and_its_cores():
+    assert cpu_machine("avx512_bf16", 2) == MACHINES["cpu"]
+    kinds = ("amx", "avx512_bf16", "avx512_vnni", "avx2")
+    best = [cpu_machine(kind, 2).best_gemm_rate for kind in kinds]
+    assert best == sorted(best, reverse=True) and len(set(best)) == 4
+    assert cpu_machine(None, 2) == cpu_machine("avx2", 2)
+    small, large, huge = (cpu_machine("amx", cores) for cores in (2, 8, 64))
+    assert large.gemm_rate(100) == 4 * small.gemm_rate(100)
+    assert large.attention_rate == 4 * small.attention_rate
+    assert large.sample_seconds == small.sample_seconds / 4
+    assert large.kv_bandwidth == 4 * small.kv_bandwidth
+    assert huge.bandwidth == 8 * small.bandwidth  # of one socket
+    assert huge.step_seconds == small.step_seconds

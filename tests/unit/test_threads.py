@@ -6,7 +6,8 @@ import psutil
 import pytest
 from cgroups import FakeMachine
 
-from batchllm.runner.threads import Cpus, available_cpus, choose_threads
+from batchllm.cpus import Cpus, available_cpus
+from batchllm.runner.threads import choose_threads
 
 FOUR_CORES = Cpus(8, 4, None)
 
