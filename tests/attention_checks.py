@@ -7,7 +7,7 @@ import torch
 from attention_trees import items_of, step_of
 from hypothesis import strategies as st
 
-from batchllm.attention.backend import make_backend
+from batchllm.attention.backend import CompiledPlan, make_backend
 from batchllm.attention.rounded import RoundedBackend
 from batchllm.cache.block_pool import BlockPool
 from batchllm.engine import Engine
@@ -97,7 +97,11 @@ class AttentionCheck:
 def _run(backend, cache, step, qkv, angles):
     rotation = Rotation(angles.cos().to(cache.device), angles.sin().to(cache.device))
     plan = backend.plan(step, rotation, put_now(cache.device))
-    return plan.run(qkv.to(cache.device, copy=True), *cache).cpu()
+    out = plan.run(qkv.to(cache.device, copy=True), *cache)
+    if isinstance(plan, CompiledPlan):
+        last, rows = plan.run_last(qkv.clone(), *cache), step.sample_rows
+        torch.testing.assert_close(last[rows], out[rows], atol=0, rtol=0, equal_nan=True)
+    return out.cpu()
 
 
 def check(

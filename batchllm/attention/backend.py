@@ -41,10 +41,14 @@ class LayerPlan(Protocol):
 class CompiledPlan(LayerPlan, Protocol):
     """A plan that kernels can run, layer after layer."""
 
+    def run_last(self, qkv: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """As `run`, but of what it returns only the rows to sample need be set."""
+        ...
+
     def calls(
         self, qkv: Sequence[torch.Tensor], keys: torch.Tensor, values: torch.Tensor
     ) -> AttentionCalls:
-        """What to call for the first layers, each with its `qkv`; the caches are all layers'."""
+        """What to call for as many layers as give their `qkv`; the caches are all layers'."""
         ...
 
 

@@ -84,6 +84,12 @@ class Tiles:
             items=item[by_tile],
         )
 
+    def with_any(self, queries: Ints) -> Ints:
+        """The tiles in which any of these queries are, the dearest first."""
+        wanted = np.zeros(len(self.order), dtype=np.bool_)
+        wanted[np.searchsorted(self.begin, queries, side="right") - 1] = True
+        return self.order[wanted[self.order]]
+
 
 def _cuts(items: AttentionItems, num_tokens: int, size: int) -> Ints:
     """Where tiles begin, and `num_tokens`; each at the cheapest place in its second half."""
@@ -171,9 +177,22 @@ class NativePlan:
     def run(self, qkv: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """See `LayerPlan.run`."""
         out = self._prepare(qkv, keys, values)
-        layer = _Layer(qkv.data_ptr(), keys.data_ptr(), values.data_ptr(), out.data_ptr())
-        self._kernels.attention(ctypes.byref(self._step), ctypes.byref(layer))
+        self._attend(self._step, qkv, keys, values, out)
         return out
+
+    def run_last(self, qkv: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """See `CompiledPlan`."""
+        out = self._prepare(qkv, keys, values)
+        assert self._tiles is not None
+        order = self._tiles.with_any(self._input.sample_rows)
+        step = _Step.from_buffer_copy(self._step)
+        step.num_tiles, step.tile_order = len(order), order.ctypes.data
+        self._attend(step, qkv, keys, values, out)
+        return out
+
+    def _attend(self, step: _Step, *tensors: torch.Tensor) -> None:
+        layer = _Layer(*[tensor.data_ptr() for tensor in tensors])
+        self._kernels.attention(ctypes.byref(step), ctypes.byref(layer))
 
     def calls(
         self, qkv: Sequence[torch.Tensor], keys: torch.Tensor, values: torch.Tensor

@@ -15,7 +15,9 @@ from batchllm.models.rope import RotaryEmbedding
 from batchllm.models.smoothing import channel_factors
 
 Attend = Callable[[int, torch.Tensor], torch.Tensor]
-"""(layer, queries, keys and values [n, heads + 2 kv_heads, d], not rotated) -> [n, heads * d]."""
+"""(layer, queries, keys and values [n, heads + 2 kv_heads, d], not rotated) -> [n, heads * d].
+
+Of the last layer's only the rows to sample are read."""
 Layers = Generator[tuple[int, torch.Tensor], torch.Tensor, torch.Tensor]
 """A pass through the layers that stops for attention: yields what `Attend` takes, is sent what it
 gives, and returns the hidden states."""

@@ -31,7 +31,10 @@ class PlannedAttention:
 
     def __call__(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
         """See `Attend`."""
-        return self.plan.run(qkv, self.cache.keys[layer], self.cache.values[layer])
+        plan, keys, values = self.plan, self.cache.keys, self.cache.values
+        is_last = layer == len(keys) - 1
+        run = plan.run_last if is_last and isinstance(plan, CompiledPlan) else plan.run
+        return run(qkv, keys[layer], values[layer])
 
     def calls(self, qkv: Sequence[torch.Tensor]) -> AttentionCalls | None:
         """See `CompiledAttend`."""

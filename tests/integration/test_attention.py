@@ -177,6 +177,10 @@ def test_tiles_partition_the_queries_and_read_what_their_queries_do(data):
         read = tiles.items[tiles.offsets[tile] : tiles.offsets[tile + 1]].tolist()
         overlaps = [i for i, (b, e, _) in enumerate(ranges) if b < last and e > first]
         assert read == sorted(overlaps, key=lambda i: items.kv_start[i])
+    wanted = sorted(data.draw(st.sets(st.integers(0, num_tokens - 1))))
+    some = [i for i, (a, b) in enumerate(pairwise(begins)) if any(a <= q < b for q in wanted)]
+    found = tiles.with_any(np.array(wanted, dtype=np.int64))
+    assert found.tolist() == [tile for tile in tiles.order.tolist() if tile in some]
 
 
 def test_tiles_are_cut_where_shared_segments_end():

@@ -82,7 +82,8 @@ def run_step(model, make_backend, one_call, kv_dtype=None, rows=(22, 27)):
     """A step of two rows under a prefix, all in one step; what was computed, and the cache."""
     ranges = [(0, 20, 20, True, 0), (20, 23, 3, True, 20), (23, 28, 5, True, 20)]
     step = step_of(items_of([*ranges, (20, 28, 20, False, 0)], 16), 16)
-    step = replace(step, token_ids=np.arange(28, dtype=np.int32) * 7 % 250)
+    token_ids = np.arange(28, dtype=np.int32) * 7 % 250
+    step = replace(step, token_ids=token_ids, sample_rows=np.array(rows))
     config = model.config
     cache = KVCache(
         num_layers=config.num_layers,
