@@ -154,6 +154,7 @@ template <typename T, typename Way>
 void attend_tile(
     const Step& s, const Layer& layer, Scratch<T>& scratch, int64_t tile, int kv_head) {
     typedef typename T::Value Value;
+    constexpr int LINE = 64 / sizeof(Value), QUERIES_AHEAD = 4;  // others may have rotated them
     const int group = s.num_heads / s.num_kv_heads;
     const int64_t width = int64_t(s.num_heads + 2 * s.num_kv_heads) * s.head_dim;
     const int64_t begin = s.tile_begin[tile], end = s.tile_begin[tile + 1];
@@ -164,6 +165,8 @@ void attend_tile(
     for (int row = 0; row < rows; row++) {
         const Value* query = static_cast<const Value*>(layer.qkv) + (begin + row / group) * width +
                              (kv_head * group + row % group) * s.head_dim;
+        for (int d = 0; d < s.head_dim; d += LINE)
+            __builtin_prefetch(query + QUERIES_AHEAD * width + d);
         Way::put_query(scratch, row, query, s.head_dim);
     }
     for (int64_t i = s.tile_offsets[tile], several = 0; i < s.tile_offsets[tile + 1];
