@@ -39,13 +39,13 @@ struct BlockMemory {
     float* row_scales;
 };
 
-// From `attended` [rows, heads * head_dim] to the next layer's queries, keys and values, if there is
-// one; `hidden` is updated in place.
+// From `attended` [rows, heads * head_dim] to the next layer's queries, keys and values, if there
+// is one; `hidden` is updated in place.
 void batchllm_block(
     const Block* block, const BlockMemory* memory, int64_t rows, const void* attended);
 
-// The first `count` layers, attention and what follows it. The first layer's `qkv` was computed, the
-// others' is the memory's, and so is what the last of these blocks leaves.
+// The first `count` layers, attention and what follows it. The first layer's `qkv` was computed,
+// the others' is the memory's, and so is what the last of these blocks leaves.
 void batchllm_layers(
     const Step* step, const Layer* layers, const Block* blocks, const BlockMemory* memory,
     int64_t count);

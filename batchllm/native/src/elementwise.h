@@ -5,8 +5,8 @@
 
 extern "C" {
 
-// Where there is no delta, nothing is added, and without a weight nothing is normed. `strips`: delta
-// and normed are in strips (strips.h), of whole chunks.
+// Where there is no delta, nothing is added, and without a weight nothing is normed. `strips`:
+// delta and normed are in strips (strips.h), of whole chunks.
 void batchllm_add_rms_norm(
     int32_t is_bfloat16, int64_t rows, int64_t size, float epsilon, void* hidden,
     const void* delta, const void* weight, void* normed, int32_t strips);

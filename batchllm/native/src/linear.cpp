@@ -1,9 +1,10 @@
 // Products of rows with a packed weight: x . weight', for few rows as for many.
 //
 // The weight lies in panels (panels.h), so that a strip of LINEAR_ROWS rows times a panel keeps its
-// sums in registers and reads both operands in order. A thread takes a block of rows that stays in the second-level cache times
-// one panel; with few rows there is one block, and every panel is read from memory once. In matrix
-// tiles the same panels are multiplied in an order of their own (linear_tiles.h).
+// sums in registers and reads both operands in order. A thread takes a block of rows that stays in
+// the second-level cache times one panel; with few rows there is one block, and every panel is read
+// from memory once. In matrix tiles the same panels are multiplied in an order of their own
+// (linear_tiles.h).
 //
 // int8 is symmetric, one scale a row of x and one an output. x is stored with 128 added; what that
 // adds to each output's sum is known when the weight is packed, and sums start at its negative
