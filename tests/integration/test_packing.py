@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchllm.models.linear import INT8_MOST
+from batchllm.models.linear import round_to_int8
 from batchllm.models.native_linear import NativeProducts
 from batchllm.native.kernels import load_kernels, usable_targets
 
@@ -64,14 +64,13 @@ def test_panels_are_the_weight(target, dtype, shape):
 @pytest.mark.parametrize("target", TARGETS)
 @given(SHAPES)
 @settings(max_examples=40)
-def test_int8_keeps_every_weight_within_half_a_step(target, dtype, shape):
+def test_int8_weights_are_rounded_as_torch_rounds_them(target, dtype, shape):
     weight, outputs = noise(shape, dtype), shape[0]
     weight[-1] = 0
     panels, scales, starts, _ = packed(target, weight, is_int8=True)
     rounded = taken_apart(panels, shape, target)
-    assert torch.equal(scales[:outputs], weight.float().abs().amax(dim=1) / INT8_MOST)
-    error = (rounded.float() * scales[:outputs, None] - weight.float()).abs()
-    assert (error <= 0.50001 * scales[:outputs, None]).all()
+    expected, expected_scales = round_to_int8(weight)
+    assert torch.equal(rounded, expected) and torch.equal(scales[:outputs], expected_scales)
     assert starts[:outputs].tolist() == (-128 * rounded.sum(dim=1)).tolist()
     assert not scales[outputs:].any() and not starts[outputs:].any()
 

@@ -1,16 +1,16 @@
 // A weight's rows to the panels that products read (panels.h), for int8 rounded, a scale each.
 #include <algorithm>
-#include <vector>
+#include <cmath>
+#include <utility>
 
 #include "linear.h"
 #include "panels.h"
-#include "rounding.h"
+#include "products.h"
 
 namespace {
 
 constexpr int LINE_WORDS = 16;  // of a line of the cache
 constexpr int GROUP = Int8Product::GROUP;
-constexpr int IN_TURN[GROUP] = {0, 2, 1, 3};  // see batchllm_rounded_bytes
 
 // The weight's row that an output is: of a gated weight a panel takes gates, and then as many ups.
 int64_t row_of(const PackedLinear& linear, int64_t output) {
@@ -33,15 +33,41 @@ void lay_out(const void* const (&rows)[PANEL], int64_t words, int32_t* panel) {
     }
 }
 
-// What a row was rounded to, 128 taken off again, in the order of a word; returns their sum.
-int32_t put_signed(const Int8Product::Value* rounded, int64_t inputs, int8_t* to) {
-    int32_t sum = 0;
-    for (int64_t k = 0; k < inputs; k++) {
-        const int64_t from = sizeof *rounded == 2 ? k / GROUP * GROUP + IN_TURN[k % GROUP] : k;
-        to[k] = int8_t(rounded[from] - 128);
-        sum += to[k];
+// The largest magnitude of a row, or not a number where one of its values is not finite.
+template <typename T>
+float peak_of(const typename T::Value* row, int64_t size) {
+    const int64_t whole = size - size % W;
+    Floats most{}, nothing{};
+    for (int64_t k = 0; k < whole; k += W) {
+        const Floats v = T::widen(row + k);
+        most = largest(v < 0.0f ? -v : v, most);
+        nothing += v - v;
     }
-    return sum;
+    float peak = largest(most), rest = sum(nothing);
+    for (int64_t k = whole; k < size; k++) {
+        const float v = T::get(row[k]);
+        peak = std::max(peak, std::fabs(v));
+        rest += v - v;
+    }
+    return peak + rest;
+}
+
+// Rounds a row to [-127, 127], in the order of a word, and tells its scale and its sum. The same to
+// the last bit as models/linear.py does, whatever the processor: nothing is fused with a product.
+template <typename T>
+void round_weights(
+    const typename T::Value* row, int64_t inputs, int8_t* to, float* scale, int32_t* sum) {
+    const float peak = peak_of<T>(row, inputs), inverse = peak > 0.0f ? 1.0f / peak * 127.0f : 0.0f;
+    *scale = peak / 127.0f;
+    *sum = 0;
+    if (std::isnan(peak)) {
+        std::fill_n(to, inputs, int8_t(0));
+        return;
+    }
+    for (int64_t k = 0; k < inputs; k++) to[k] = int8_t(int(std::rint(T::get(row[k]) * inverse)));
+    for (int64_t k = 0; k < inputs; k++) *sum += to[k];
+    if (sizeof(Int8Product::Value) == 2)  // see batchllm_rounded_bytes
+        for (int64_t k = 0; k < inputs; k += GROUP) std::swap(to[k + 1], to[k + 2]);
 }
 
 template <typename T>
@@ -52,7 +78,6 @@ void pack(const PackedLinear& linear, const typename T::Value* weight) {
     const int64_t words = inputs / (is_int8 ? GROUP : T::GROUP);
 #pragma omp parallel
     {
-        std::vector<Int8Product::Value> row(is_int8 ? inputs : 0);
         Lines<int8_t> rounded(is_int8 ? PANEL * inputs : 0);
 #pragma omp for schedule(static)
         for (int64_t panel = 0; panel < panels; panel++) {
@@ -65,10 +90,9 @@ void pack(const PackedLinear& linear, const typename T::Value* weight) {
                 rows[j] = from;
                 if (!is_int8) continue;
                 int8_t* to = rounded.data() + j * inputs;
-                linear.scales[output] = round_row<T>(
-                    Rows<const Value>(from, inputs, false), 0,
-                    Rows<Int8Product::Value>(row.data(), inputs, false));
-                linear.starts[output] = -128 * put_signed(row.data(), inputs, to);
+                int32_t sum;
+                round_weights<T>(from, inputs, to, &linear.scales[output], &sum);
+                linear.starts[output] = -128 * sum;
                 rows[j] = to;
             }
             lay_out(rows, words, static_cast<int32_t*>(linear.panels) + panel * words * PANEL);
