@@ -163,8 +163,8 @@ _TILES = Machine(
 )
 _MEASURED_CORES = 2
 _MOST_READING = 16  # cores that a socket's memory keeps up with
-# What kernels of other kinds compute (native/kernels.py), of what those for bfloat16 products do.
-_CPU_SPEEDS = {"avx512_bf16": 1.0, "avx512_vnni": 0.75, "avx512": 0.75}
+# What each kind of kernels (native/kernels.py) computes, of what the machine it is taken for does.
+_CPU_SPEEDS = {"amx": 1.0, "avx512_bf16": 1.0, "avx512_vnni": 0.75, "avx512": 0.75}
 _OTHER_SPEED = 0.3  # AVX2's
 
 
@@ -177,7 +177,7 @@ def cpu_machine(kernels: str | None, num_cores: int) -> Machine:
     machine = _TILES if kernels == "amx" else MACHINES["cpu"]
     cores = num_cores / _MEASURED_CORES
     reading = min(num_cores, _MOST_READING) / _MEASURED_CORES
-    speed = cores if kernels == "amx" else cores * _CPU_SPEEDS.get(kernels or "", _OTHER_SPEED)
+    speed = cores * _CPU_SPEEDS.get(kernels or "", _OTHER_SPEED)
     kv = machine.kv_bandwidth
     return replace(
         machine,

@@ -5,7 +5,7 @@
 
 #include "linear.h"
 #include "panels.h"
-#include "products.h"
+#include "rounding.h"
 
 namespace {
 
@@ -33,31 +33,13 @@ void lay_out(const void* const (&rows)[PANEL], int64_t words, int32_t* panel) {
     }
 }
 
-// The largest magnitude of a row, or not a number where one of its values is not finite.
-template <typename T>
-float peak_of(const typename T::Value* row, int64_t size) {
-    const int64_t whole = size - size % W;
-    Floats most{}, nothing{};
-    for (int64_t k = 0; k < whole; k += W) {
-        const Floats v = T::widen(row + k);
-        most = largest(v < 0.0f ? -v : v, most);
-        nothing += v - v;
-    }
-    float peak = largest(most), rest = sum(nothing);
-    for (int64_t k = whole; k < size; k++) {
-        const float v = T::get(row[k]);
-        peak = std::max(peak, std::fabs(v));
-        rest += v - v;
-    }
-    return peak + rest;
-}
-
 // Rounds a row to [-127, 127], in the order of a word, and tells its scale and its sum. The same to
 // the last bit as models/linear.py does, whatever the processor: nothing is fused with a product.
 template <typename T>
 void round_weights(
     const typename T::Value* row, int64_t inputs, int8_t* to, float* scale, int32_t* sum) {
-    const float peak = peak_of<T>(row, inputs), inverse = peak > 0.0f ? 1.0f / peak * 127.0f : 0.0f;
+    const float peak = peak_of<T>(Rows<const typename T::Value>(row, inputs, false), row, 0);
+    const float inverse = peak > 0.0f ? 1.0f / peak * 127.0f : 0.0f;
     *scale = peak / 127.0f;
     *sum = 0;
     if (std::isnan(peak)) {

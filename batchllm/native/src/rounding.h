@@ -42,6 +42,26 @@ struct RoundedChunks<Bfloat16> {
 };
 #endif
 
+// The largest magnitude of a row from `begin` on, or not a number where one there is not finite.
+template <typename T>
+INLINE float peak_of(
+    const Rows<const typename T::Value>& all, const typename T::Value* row, int64_t begin) {
+    const int64_t size = all.size, whole = size - size % W;
+    Floats most{}, sums{};
+    for (int64_t j = begin; j < whole; j += W) {
+        const Floats v = T::widen(row + all.place(j));
+        most = largest(v < 0.0f ? -v : v, most);
+        sums += v - v;  // 0, or not a number
+    }
+    float peak = largest(most), nothing = sum(sums);
+    for (int64_t j = whole; j < size; j++) {
+        const float v = T::get(row[all.place(j)]);
+        peak = std::max(peak, std::fabs(v));
+        nothing += v - v;
+    }
+    return peak + nothing;
+}
+
 // Rounds a row to 128 + [-127, 127]; returns its scale. Not a number anywhere: the scale is none.
 template <typename T>
 float round_row(
@@ -52,24 +72,12 @@ float round_row(
     Int8Product::Value* to = rounded.row(i);
     const int64_t size = all.size, chunked = Chunks::CAN ? size - size % CHUNK : 0;
     const int64_t whole = size - size % W;
-    float peak = 0.0f, nothing = 0.0f;
+    float peak = peak_of<T>(all, row, chunked);
     if constexpr (Chunks::CAN) {
         Chunks chunks;
         for (int64_t c = 0; c < chunked / CHUNK; c++) chunks.meet(row + c * all.chunk_stride);
-        peak = chunks.peak();
-        nothing = peak - peak;  // 0, or not a number
-    }
-    Floats most{}, sums{};
-    for (int64_t j = chunked; j < whole; j += W) {
-        const Floats v = T::widen(row + all.place(j));
-        most = largest(v < 0.0f ? -v : v, most);
-        sums += v - v;
-    }
-    peak = std::max(peak, largest(most)), nothing += sum(sums);
-    for (int64_t j = whole; j < size; j++) {
-        const float v = T::get(row[all.place(j)]);
-        peak = std::max(peak, std::fabs(v));
-        nothing += v - v;
+        const float first = chunks.peak();
+        peak = std::max(first, peak) + (first - first) + (peak - peak);  // 0, or not a number
     }
     const float inverse = peak > 0.0f ? 127.0f / peak : 0.0f;
     if constexpr (Chunks::CAN)
@@ -80,5 +88,5 @@ float round_row(
     for (int64_t j = whole; j < size; j++)
         to[rounded.place(j)] = Int8Product::Value(
             int(std::nearbyint(T::get(row[all.place(j)]) * inverse)) + 128);
-    return peak / 127.0f + nothing;
+    return peak / 127.0f;
 }
