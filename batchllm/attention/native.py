@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from batchllm.errors import UsageError
 from batchllm.models.operations import AttentionCalls
 from batchllm.models.rope import Rotation
-from batchllm.native.kernels import NativeKernels, load_kernels
+from batchllm.native.kernels import NativeKernels, load_kernels, whole_strips
 from batchllm.runner.kv_cache import kv_row_values
 from batchllm.runner.model_input import AttentionItems, ModelInput
 from batchllm.runner.staging import Put
@@ -44,7 +44,10 @@ class _Step(ctypes.Structure):
 class _Layer(ctypes.Structure):
     """`Layer` of native/src/attention.h."""
 
-    _fields_ = [(name, c_void_p) for name in ("qkv", "keys", "values", "out")]
+    _fields_ = [
+        *[(name, c_void_p) for name in ("qkv", "keys", "values", "out")],
+        ("out_in_strips", c_int64),
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +181,7 @@ class NativePlan:
         """See `LayerPlan.run`."""
         out = self._prepare(qkv, keys, values)
         self._attend(self._step, qkv, keys, values, out)
-        return out
+        return out[: len(qkv)]
 
     def run_last(self, qkv: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """See `CompiledPlan`."""
@@ -188,7 +191,7 @@ class NativePlan:
         step = _Step.from_buffer_copy(self._step)
         step.num_tiles, step.tile_order = len(order), order.ctypes.data
         self._attend(step, qkv, keys, values, out)
-        return out
+        return out[: len(qkv)]
 
     def _attend(self, step: _Step, *tensors: torch.Tensor) -> None:
         layer = _Layer(*[tensor.data_ptr() for tensor in tensors])
@@ -217,7 +220,7 @@ class NativePlan:
         )
 
     def _prepare(self, qkv: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """Cut the tiles if they are not; returns memory for what a layer's attention puts out."""
+        """Cut the tiles if they are not; returns memory for a layer's output, of whole strips."""
         assert qkv.is_contiguous() and keys.is_contiguous() and values.is_contiguous()
         assert keys.dtype == values.dtype and keys.dtype in (qkv.dtype, torch.int8), keys.dtype
         num_tokens, width, head_dim = qkv.shape
@@ -225,7 +228,7 @@ class NativePlan:
         num_heads = width - 2 * keys.shape[2]
         if self._tiles is None:
             self._tiles = self._cut(num_heads, head_dim, keys, qkv.dtype)
-        return qkv.new_empty(num_tokens, num_heads * head_dim)
+        return qkv.new_empty(whole_strips(num_tokens), num_heads * head_dim)
 
     def _cut(self, num_heads: int, head_dim: int, keys: torch.Tensor, dtype: torch.dtype) -> Tiles:
         items, num_tokens = self._input.items, len(self._input.token_ids)

@@ -19,6 +19,7 @@
 
 #include "attention_tiles.h"
 #include "attention_vectors.h"
+#include "strips.h"
 
 namespace {
 
@@ -175,13 +176,15 @@ void attend_tile(
             several = attend_several<T, Way>(s, layer, scratch, i, tile, kv_head);
         if (several == 0) attend_item<T, Way>(s, layer, scratch, s.tile_items[i], tile, kv_head);
     }
+    const Rows<Value> out(
+        static_cast<Value*>(layer.out), int64_t(s.num_heads) * s.head_dim, layer.out_in_strips);
     for (int row = 0; row < rows; row++) {
         const float* from = scratch.out.data() + int64_t(row) * s.head_dim;
-        Value* to = static_cast<Value*>(layer.out) +
-                    ((begin + row / group) * s.num_heads + kv_head * group + row % group) *
-                        s.head_dim;
+        const int64_t first = int64_t(kv_head * group + row % group) * s.head_dim;
+        Value* to = out.row(begin + row / group);
         const float share = 1.0f / sum(load<Floats>(scratch.total.data() + row * W));
-        for (int d = 0; d < s.head_dim; d += W) T::narrow(to + d, load<Floats>(from + d) * share);
+        for (int d = 0; d < s.head_dim; d += W)
+            T::narrow(to + out.place(first + d), load<Floats>(from + d) * share);
     }
 }
 

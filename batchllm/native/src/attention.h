@@ -41,12 +41,13 @@ struct Step {
 
 // One layer of it: qkv [num_tokens, heads + 2 kv_heads, head_dim], queries and keys not yet
 // rotated (the queries and keys are rotated in place), its cache, and out [num_tokens, heads,
-// head_dim].
+// head_dim], maybe in strips (strips.h).
 struct Layer {
     void* qkv;
     void* keys;
     void* values;
     void* out;
+    int64_t out_in_strips;
 };
 
 void batchllm_attention(const Step* step, const Layer* layer);

@@ -19,22 +19,25 @@ void multiply(
         batchllm_linear(block.is_bfloat16, rows, linear, x, memory.scratch, out, strips);
 }
 
-}  // namespace
-
-extern "C" void batchllm_block(
-    const Block* block, const BlockMemory* memory, int64_t rows, const void* attended) {
-    const Block& b = *block;
-    const BlockMemory& m = *memory;
-    // Where all products can, what lies between them is in strips: normed, inner and delta.
-    int32_t strips = b.gate_up->gated ? IN_STRIPS | OUT_STRIPS : 0;
+// Where all products can, what lies between them is in strips: normed, inner and delta.
+int32_t strips_of(const Block& b) {
+    if (!b.gate_up->gated) return 0;
     for (const PackedLinear* linear : {b.output, b.gate_up, b.down, b.qkv})
-        if (linear && !batchllm_takes_strips(b.is_bfloat16, b.is_int8, linear)) strips = 0;
+        if (linear && !batchllm_takes_strips(b.is_bfloat16, b.is_int8, linear)) return 0;
+    return IN_STRIPS | OUT_STRIPS;
+}
+
+void run(
+    const Block& b, const BlockMemory& m, int64_t rows, const void* attended,
+    bool attended_in_strips) {
+    const int32_t strips = strips_of(b);
     const auto norm = [&](const void* weight) {
         batchllm_add_rms_norm(
             b.is_bfloat16, rows, b.hidden_size, b.epsilon, m.hidden, m.delta, weight, m.normed,
             strips);
     };
-    multiply(b, m, rows, b.output, attended, m.delta, strips & OUT_STRIPS);
+    const int32_t output_strips = attended_in_strips ? strips : strips & OUT_STRIPS;
+    multiply(b, m, rows, b.output, attended, m.delta, output_strips);
     norm(b.post_norm);
     if (b.gate_up->gated) {
         multiply(b, m, rows, b.gate_up, m.normed, m.inner, strips);
@@ -48,11 +51,20 @@ extern "C" void batchllm_block(
     if (b.qkv) multiply(b, m, rows, b.qkv, m.normed, m.qkv, strips & IN_STRIPS);
 }
 
+}  // namespace
+
+extern "C" void batchllm_block(
+    const Block* block, const BlockMemory* memory, int64_t rows, const void* attended) {
+    run(*block, *memory, rows, attended, false);
+}
+
 extern "C" void batchllm_layers(
     const Step* step, const Layer* layers, const Block* blocks, const BlockMemory* memory,
     int64_t count) {
     for (int64_t i = 0; i < count; i++) {
-        batchllm_attention(step, &layers[i]);
-        batchllm_block(&blocks[i], memory, step->num_tokens, layers[i].out);
+        Layer layer = layers[i];
+        layer.out_in_strips = strips_of(blocks[i]) != 0;
+        batchllm_attention(step, &layer);
+        run(blocks[i], *memory, step->num_tokens, layer.out, layer.out_in_strips);
     }
 }

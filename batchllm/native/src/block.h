@@ -45,7 +45,8 @@ void batchllm_block(
     const Block* block, const BlockMemory* memory, int64_t rows, const void* attended);
 
 // The first `count` layers, attention and what follows it. The first layer's `qkv` was computed,
-// the others' is the memory's, and so is what the last of these blocks leaves.
+// the others' is the memory's, and so is what the last of these blocks leaves. What attention puts
+// out may be in strips, and has memory for whole ones.
 void batchllm_layers(
     const Step* step, const Layer* layers, const Block* blocks, const BlockMemory* memory,
     int64_t count);
