@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from batchllm.models.linear import Product, pack_torch, pack_torch_int8
-from batchllm.native.kernels import NO_STRIPS, NativeKernels, whole_strips
+from batchllm.native.kernels import ALL_STRIPS, NO_STRIPS, NativeKernels, whole_strips
 from batchllm.native.pages import Slabs
 
 
@@ -92,15 +92,26 @@ class NativeProduct:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[rows, inputs] to [rows, outputs], in the dtype of what goes in."""
-        kernels, packed, rows = self._kernels, self.packed, x.shape[0]
+        return self._run(x, x.shape[0], NO_STRIPS)
+
+    def in_strips(self, x: torch.Tensor, rows: int) -> torch.Tensor | None:
+        """See `StripsProduct`."""
+        is_bfloat16 = x.dtype == torch.bfloat16
+        if not self._kernels.takes_strips(is_bfloat16, self.is_int8, self.packed.pointer):
+            return None
+        assert x.shape[0] == whole_strips(rows), (x.shape, rows)
+        return self._run(x, rows, ALL_STRIPS)
+
+    def _run(self, x: torch.Tensor, rows: int, strips: int) -> torch.Tensor:
+        kernels, packed = self._kernels, self.packed
         is_bfloat16, scratch, row_scales = self._memory(x)
-        out = x.new_empty(rows, packed.outputs)
+        out = x.new_empty(x.shape[0], packed.outputs)
         pointers = [packed.pointer, x.data_ptr(), scratch.data_ptr()]
         if self.is_int8:
             pointers += [row_scales.data_ptr(), out.data_ptr()]
-            kernels.linear_int8(is_bfloat16, rows, *pointers, NO_STRIPS)
+            kernels.linear_int8(is_bfloat16, rows, *pointers, strips)
         else:
-            kernels.linear(is_bfloat16, rows, *pointers, out.data_ptr(), NO_STRIPS)
+            kernels.linear(is_bfloat16, rows, *pointers, out.data_ptr(), strips)
         return out
 
     def argmax(self, x: torch.Tensor) -> torch.Tensor | None:

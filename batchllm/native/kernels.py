@@ -28,6 +28,7 @@ _NEEDS: dict[str, frozenset[str]] = {
 _SLOW_BF16 = "GenuineIntel"
 
 NO_STRIPS = 0  # rows lie one behind the other
+ALL_STRIPS = 3  # what goes in and what comes out lies in strips
 _STRIP = 32  # rows that matrix tiles take at once; see native/src/strips.h
 
 
@@ -56,6 +57,9 @@ class NativeKernels:
         self.linear_argmax = library.batchllm_linear_argmax
         self.linear_argmax.argtypes = [c_int32, c_int32, c_int64, *[c_void_p] * 5]
         self.linear_argmax.restype = c_int32
+        self.takes_strips = library.batchllm_takes_strips
+        self.takes_strips.argtypes = [c_int32, c_int32, c_void_p]
+        self.takes_strips.restype = c_int32
         self.block = library.batchllm_block
         self.block.argtypes = [c_void_p, c_void_p, c_int64, c_void_p]
         self.layers = library.batchllm_layers

@@ -26,7 +26,7 @@ from batchllm.models.linear import pack_torch_int8
 from batchllm.models.native_linear import NativeProducts
 from batchllm.models.native_operations import NativeOperations
 from batchllm.models.operations import TorchOperations
-from batchllm.native.kernels import NativeKernels, load_kernels, usable_targets
+from batchllm.native.kernels import NativeKernels, load_kernels, usable_targets, whole_strips
 
 SOURCES = Path(__file__).parents[2] / "batchllm" / "native" / "src"
 # Rows around whole and half tiles and strips; inputs of whole tiles in bfloat16 and mostly in int8;
@@ -98,6 +98,28 @@ def test_gated_products_equal_a_product_and_its_gate(kernels, shape, with_bias, 
     torch.testing.assert_close(got.float(), expected, atol=3.0, rtol=3e-2)
 
 
+def in_strips(x):
+    """Rows [rows, size] as they lie in strips, with zeros for those of the last that are none."""
+    chunk = 64 // x.element_size()
+    padded = torch.zeros(whole_strips(len(x)), x.shape[1], dtype=x.dtype)
+    padded[: len(x)] = x
+    return padded.view(-1, 32, x.shape[1] // chunk, chunk).transpose(1, 2).reshape(padded.shape)
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+@pytest.mark.parametrize("shape", [(1, 64, 32), (40, 192, 96), (530, 1344, 64)])
+def test_a_product_of_strips_is_that_of_rows(kernels, shape, quantization):
+    x, weight, bias = operands(shape, True)
+    own = NativeProducts(kernels, tiles=False)
+    product = (own.pack if quantization is None else own.pack_int8)(weight, bias)
+    found = product.in_strips(in_strips(x), len(x))
+    strips = torch.arange(found.numel()).view(found.shape) // 32 % 32  # of 32 rows, which
+    row = torch.arange(found.numel()).view(found.shape) // (32 * shape[2]) * 32 + strips
+    assert torch.equal(found[row < len(x)], in_strips(product(x))[row < len(x)])
+    odd = own.pack(weight[:, :34], None)
+    assert odd.in_strips(in_strips(x), len(x)) is None
+
+
 def test_gates_and_ups_keep_their_places(kernels):
     x = torch.eye(32).bfloat16()
     gates = torch.full((48, 32), 20.0)  # silu(20) is 20
@@ -117,10 +139,11 @@ def test_inputs_that_are_no_whole_tiles_go_through_vectors(kernels, inputs):
 
 
 # Rows that threads divide, in chunks of 1, 2 and 3 (in int8 1 and 2), with a last strip of few or
-# of one; rows that are few and so long that a panel does not meet them all; outputs far apart; many
-# rows of a single tile (in int8, in bfloat16).
-MANY = [(600, 640, 70), (545, 672, 300), (530, 1344, 100), (513, 96, 1600)]
-LONG = [(70, 12288, 40), (200, 64, 16400)]
+# of one; rows that are few and so long that a panel does not meet them all, or that a panel is
+# fetched while it is multiplied; outputs far apart; many rows of a single tile (in int8, in
+# bfloat16). Of 1344 inputs in bfloat16, and of 2560 in int8, only chunks of panels stay anywhere.
+MANY = [(600, 640, 70), (545, 672, 300), (530, 1344, 100), (1100, 1344, 70), (513, 96, 1600)]
+LONG = [(70, 12288, 40), (550, 2560, 40), (9, 4096, 100), (20, 4096, 70), (200, 64, 16400)]
 SHORT = [(7000, 64, 64), (7000, 32, 64)]
 
 
@@ -157,6 +180,13 @@ def test_the_largest_output_without_the_outputs(kernels, rows, outputs, dtype):
         found = product.argmax(x)
         assert found.tolist() == TorchOperations().argmax(product(x)).tolist()
         assert outputs < 3 or len(set(found.tolist())) > min(rows, 4) // 2
+
+
+def test_the_largest_output_of_long_rows(kernels):
+    x, weight, bias = operands((600, 2560, 100), True)
+    own = NativeProducts(kernels, tiles=False)
+    for product in (own.pack(weight, bias), own.pack_int8(weight, bias)):
+        assert product.argmax(x).tolist() == TorchOperations().argmax(product(x)).tolist()
 
 
 def test_no_rows_at_all(kernels):
@@ -215,7 +245,7 @@ def test_rows_of_no_numbers_stay_with_themselves(kernels, bad):
         assert torch.equal(got[others], alone[others])
 
 
-@pytest.mark.parametrize("inputs", [128, 672])
+@pytest.mark.parametrize("inputs", [128, 672, 1344])
 def test_a_row_is_the_same_whatever_rows_are_beside_it(kernels, inputs):
     x, weight, _ = operands((600, inputs, 100), False)
     product = NativeProducts(kernels, tiles=False).pack(weight, None)
