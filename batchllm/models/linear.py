@@ -6,6 +6,8 @@ from typing import Protocol, runtime_checkable
 import torch
 import torch.nn.functional as F
 
+from batchllm.models.smoothing import column_peaks
+
 Product = Callable[[torch.Tensor], torch.Tensor]
 """[rows, inputs] to [rows, outputs], in the dtype of what goes in."""
 
@@ -23,6 +25,15 @@ class RankingProduct(Protocol):
 
     def argmax(self, x: torch.Tensor) -> torch.Tensor | None:
         """`Operations.argmax` of the outputs, int32 [rows]; None where it cannot after all."""
+        ...
+
+
+@runtime_checkable
+class StripsProduct(Protocol):
+    """A product that can take rows as they lie between the products of a layer, in strips."""
+
+    def in_strips(self, x: torch.Tensor, rows: int) -> torch.Tensor | None:
+        """Of the first `rows` of x [whole strips, inputs]; None where it cannot after all."""
         ...
 
 
@@ -71,12 +82,12 @@ class Linear:
     def see(self, x: torch.Tensor) -> None:
         """Let rows [rows, inputs] count among the inputs observed."""
         assert self.input_peaks is not None, "not observing"
-        self.input_peaks = torch.maximum(self.input_peaks, x.abs().amax(dim=0).float())
+        self.input_peaks = torch.maximum(self.input_peaks, column_peaks(x))
 
     def weight_peaks(self) -> torch.Tensor:
         """The largest weight of each input, without sign, float32 [inputs]."""
         assert self.weight is not None, "packed already"
-        return self.weight.abs().amax(dim=0).float()
+        return column_peaks(self.weight)
 
     def pack(self, pack: Pack) -> None:
         """Pack the weight and give it up."""

@@ -12,7 +12,7 @@ from batchllm.models.linear import GatedLinear, Linear
 from batchllm.models.operations import Blocks, CompiledAttend, LayerParts, Operations
 from batchllm.models.parallel import WHOLE, Shard
 from batchllm.models.rope import RotaryEmbedding
-from batchllm.models.smoothing import channel_factors
+from batchllm.models.smoothing import channel_factors, divide_rows, multiply_columns
 
 Attend = Callable[[int, torch.Tensor], torch.Tensor]
 """(layer, queries, keys and values [n, heads + 2 kv_heads, d], not rotated) -> [n, heads * d].
@@ -264,7 +264,7 @@ def _divide_norm(norm: torch.Tensor, linear: Linear) -> None:
     assert linear.weight is not None and linear.input_peaks is not None
     factors = channel_factors(linear.input_peaks, linear.weight_peaks())
     norm.div_(factors)
-    linear.weight.mul_(factors)
+    multiply_columns(linear.weight, factors)
 
 
 def _divide_rows(source: Linear, linear: Linear, size: int, blocks: int = 1) -> None:
@@ -280,8 +280,8 @@ def _divide_rows(source: Linear, linear: Linear, size: int, blocks: int = 1) -> 
         for p in (linear.input_peaks, linear.weight_peaks())
     )
     factors = channel_factors(peaks, weight_peaks)
-    linear.weight.mul_(factors[:, None].expand(blocks, readers, size).reshape(-1))
-    source.weight[-blocks * size :].div_(factors.view(-1, 1))
+    multiply_columns(linear.weight, factors[:, None].expand(blocks, readers, size).reshape(-1))
+    divide_rows(source.weight[-blocks * size :], factors.view(-1))
     if source.bias is not None:
         source.bias[-blocks * size :].div_(factors.view(-1))
 
