@@ -9,13 +9,16 @@ at once, so that an interrupted ladder has whole rounds, and --resume goes on wi
     scripts/bench_setup.sh                     # once: the peers' environments and the model
     scripts/text_workloads.sh                  # once: the tables of text
     .venv/bin/python scripts/bench.py --out bench.json --markdown bench.md
+
+With --model-shape all engines get random weights of another model's shape.
 """
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,11 +28,10 @@ from bench_engines.contract import KV_CACHE_BYTES, EngineReport, Rows
 from bench_engines.engines import BENCH, FOLDER, BenchError, Engine, engines, run_json
 from bench_engines.ledger import Ledger
 from bench_engines.results import Run, markdown
+from bench_engines.subject import Subject, default_subject, shape_subject
 from bench_engines.workloads import LADDER, WORKLOADS, Workload, WorkloadError
 
 T = TypeVar("T")
-
-MODEL = bound.SMOLLM2_135M
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +57,14 @@ def prepare(workload: Workload, model: Path, ledger: Ledger) -> Prepared:
     return Prepared(workload, path, work)
 
 
-def run_cell(prepared: Prepared, number: int, chosen: list[Engine]) -> Iterator[Run]:
+def run_cell(
+    prepared: Prepared, number: int, chosen: list[Engine], sizes: bound.ModelShape
+) -> Iterator[Run]:
     """Yields every run of one workload in one round as its process ends."""
     workload, work = prepared.workload, prepared.work
-    measured = run_json([sys.executable, str(FOLDER / "rates.py")])[0]
+    measured = run_json([sys.executable, str(FOLDER / "rates.py"), json.dumps(asdict(sizes))])[0]
     rates = bound.Rates(flops=measured["flops"], bandwidth=measured["bandwidth"])
-    least = bound.bound(MODEL, work, rates, KV_CACHE_BYTES // MODEL.kv_bytes_per_token)
+    least = bound.bound(sizes, work, rates, KV_CACHE_BYTES // sizes.kv_bytes_per_token)
     say(
         f"{workload.name}, round {number}: {rates.flops / 1e9:.0f} GFLOP/s, "
         f"{rates.bandwidth / 1e9:.1f} GB/s, T_opt {least.overlap:.2f} s"
@@ -100,13 +104,14 @@ def alternated(things: list[T], number: int) -> list[T]:
     return things[turn:] + things[:turn]
 
 
-def machine() -> dict[str, str | int]:
-    """What the numbers are taken on."""
+def machine(model_shape: str | None) -> dict[str, str | int]:
+    """What the numbers are taken on, and of what model if it is not the default one."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     fields = dict(line.split(":", 1) for line in lines if ":" in line)
     named = {key.strip(): value.strip() for key, value in fields.items()}
-    return {"cpu": named.get("model name", "unknown"), "cores": os.cpu_count() or 0}
+    here = {"cpu": named.get("model name", "unknown"), "cores": os.cpu_count() or 0}
+    return here if model_shape is None else here | {"model": model_shape}
 
 
 def say(message: str) -> None:
@@ -133,6 +138,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--workloads", default=",".join(LADDER), help="comma-separated")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--model", type=Path, default=BENCH / "model.gguf", help="for batchllm")
+    parser.add_argument("--model-shape", help="run random weights of this shape instead")
     parser.add_argument("--python", type=Path, default=Path(sys.executable), help="for batchllm")
     parser.add_argument(
         "--batch-sizes", type=int, nargs="+", default=[32, 64], help="tried by transformers"
@@ -146,10 +152,19 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
+def subject_of(arguments: argparse.Namespace) -> Subject:
+    """The model that the command line names."""
+    if arguments.model_shape is None:
+        return default_subject(arguments.model)
+    return shape_subject(arguments.model_shape)
+
+
 def climb(arguments: argparse.Namespace, ledger: Ledger) -> None:
     """Runs what the ledger does not have yet, round by round."""
-    known = engines(arguments.model, arguments.python, arguments.batch_sizes)
+    subject = subject_of(arguments)
+    known = engines(subject.weights, arguments.python, arguments.batch_sizes)
     chosen = choose(known, arguments.engines, "engine")
+    subject.make(chosen)
     for engine in chosen:
         engine.check_there()
     workloads = choose(WORKLOADS, arguments.workloads, "workload")
@@ -163,7 +178,7 @@ def climb(arguments: argparse.Namespace, ledger: Ledger) -> None:
                 continue
             ledger.drop(name, number, names)
             ready = [settled(engine, name, ledger.runs) for engine in chosen]
-            for run in run_cell(one, number, ready):
+            for run in run_cell(one, number, ready, subject.sizes):
                 ledger.add(run)
                 say(f"{name}, round {number}, {run.label}: {run.engine_seconds:.2f} s")
                 if arguments.markdown is not None:
@@ -174,7 +189,7 @@ def main() -> int:
     """Runs the ladder; exit code 1 where something is missing or failed."""
     arguments = parse()
     try:
-        ledger = Ledger.open(arguments.out, machine(), resume=arguments.resume)
+        ledger = Ledger.open(arguments.out, machine(arguments.model_shape), resume=arguments.resume)
     except BenchError as error:
         say(str(error))
         return 1

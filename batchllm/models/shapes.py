@@ -27,7 +27,16 @@ _LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-_PUBLISHED: dict[str, dict[str, Any]] = {
+_QWEN25: dict[str, Any] = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1_000_000.0,
+    "use_sliding_window": False,
+    "torch_dtype": "bfloat16",
+    "bos_token_id": 151_643,
+    "eos_token_id": 151_643,
+}
+PUBLISHED: dict[str, dict[str, Any]] = {
     "smollm2-135m": {
         "architectures": ["LlamaForCausalLM"],
         "vocab_size": 49_152,
@@ -53,22 +62,27 @@ _PUBLISHED: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
         "rope_scaling": _LLAMA3_ROPE | {"factor": 32.0},
     },
-    "qwen2.5-7b": {
-        "architectures": ["Qwen2ForCausalLM"],
+    "qwen2.5-0.5b": _QWEN25
+    | {
+        "vocab_size": 151_936,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 32_768,
+        "tie_word_embeddings": True,
+    },
+    "qwen2.5-7b": _QWEN25
+    | {
         "vocab_size": 152_064,
         "hidden_size": 3584,
         "intermediate_size": 18_944,
         "num_hidden_layers": 28,
         "num_attention_heads": 28,
         "num_key_value_heads": 4,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1_000_000.0,
         "max_position_embeddings": 131_072,
-        "use_sliding_window": False,
         "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "bos_token_id": 151_643,
-        "eos_token_id": 151_643,
     },
     "llama-3.1-8b": _LLAMA3
     | {
@@ -79,7 +93,7 @@ _PUBLISHED: dict[str, dict[str, Any]] = {
         "rope_scaling": _LLAMA3_ROPE | {"factor": 8.0},
     },
 }
-CONFIGS = {name: ModelConfig.from_hugging_face(values) for name, values in _PUBLISHED.items()}
+CONFIGS = {name: ModelConfig.from_hugging_face(values) for name, values in PUBLISHED.items()}
 
 
 def get_config(name: str) -> ModelConfig:

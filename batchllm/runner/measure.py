@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 import torch
 
-from batchllm.models.linear import Linear, Pack
+from batchllm.models.linear import Linear, Pack, Product, StripsProduct
+from batchllm.native.kernels import whole_strips
 from batchllm.simulate.shape import ModelShape
 
 Settle = Callable[[], None]
@@ -24,7 +25,8 @@ def gemm_rates(
 ) -> tuple[tuple[int, float], ...]:
     """FLOP/s of the body's products by rows, as `Machine.gemm_rates` has them.
 
-    The weights of several layers are taken in turn, so that, as in a step, they come from memory.
+    The weights of several layers are taken in turn, so that, as in a step, they come from memory,
+    and rows lie as a step's do.
     """
     kind = {"bfloat16": torch.bfloat16, "float32": torch.float32}[dtype]
     heads = shape.num_heads * shape.head_dim
@@ -41,15 +43,21 @@ def gemm_rates(
     flops = 2 * sum(inputs * outputs for inputs, outputs in sizes) * len(layers)
     rates = []
     for rows in _ROWS:
-        given = {inputs: torch.randn(rows, inputs).to(kind) for inputs, _ in sizes}
+        given = {inputs: torch.randn(whole_strips(rows), inputs).to(kind) for inputs, _ in sizes}
 
-        def run(given: dict[int, torch.Tensor] = given) -> None:
+        def run(rows: int = rows, given: dict[int, torch.Tensor] = given) -> None:
             for weights in layers:
                 for (inputs, _), linear in zip(sizes, weights, strict=True):
-                    linear(given[inputs])
+                    multiply(linear.product, given[inputs], rows)
 
         rates.append((rows, rows * flops / _least_seconds(run, settle)))
     return tuple(rates)
+
+
+def multiply(product: Product, x: torch.Tensor, rows: int) -> torch.Tensor:
+    """The first `rows` of x [whole strips, inputs], in strips if the product can take them so."""
+    out = product.in_strips(x, rows) if isinstance(product, StripsProduct) else None
+    return product(x[:rows]) if out is None else out
 
 
 def _random_linear(inputs: int, outputs: int, dtype: torch.dtype, pack: Pack) -> Linear:

@@ -46,15 +46,24 @@ class Engine:
                 )
 
 
-def engines(model: Path, python: Path, batch_sizes: Sequence[int] = ()) -> dict[str, Engine]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """A model's: the file or directory that ours reads, the peers' bf16 and vLLM's int8 ones."""
+
+    ours: Path
+    peers: Path
+    peers_int8: Path
+
+
+def engines(weights: Weights, python: Path, batch_sizes: Sequence[int] = ()) -> dict[str, Engine]:
     """All engines by name.
 
     Args:
-        model: the GGUF file that ours reads.
+        weights: what each of them reads.
         python: what runs ours.
         batch_sizes: what transformers tries.
     """
-    ours, vllm = "batchllm_engine.py", "vllm_engine.py"
+    ours, vllm, model = "batchllm_engine.py", "vllm_engine.py", weights.ours
     vllm_python = BENCH / "vllm/bin/python"
     sizes = ("--batch-size", *map(str, batch_sizes)) if batch_sizes else ()
     known = [
@@ -68,16 +77,16 @@ def engines(model: Path, python: Path, batch_sizes: Sequence[int] = ()) -> dict[
             model,
             ("--quantization", "int8", "--kv-cache-dtype", "int8"),
         ),
-        Engine("vllm", vllm, vllm_python, BENCH / "model"),
+        Engine("vllm", vllm, vllm_python, weights.peers),
         # Without compiling the model: starts sooner, runs slower.
-        Engine("vllm-eager", vllm, vllm_python, BENCH / "model", ("--enforce-eager",)),
-        Engine("vllm-int8", vllm, vllm_python, BENCH / "model-int8"),
+        Engine("vllm-eager", vllm, vllm_python, weights.peers, ("--enforce-eager",)),
+        Engine("vllm-int8", vllm, vllm_python, weights.peers_int8),
         # It sorts rows by length itself, so that their order makes no difference.
         Engine(
             "transformers",
             "transformers_engine.py",
             BENCH / "transformers/bin/python",
-            BENCH / "model",
+            weights.peers,
             sizes,
             ("shuffled",),
         ),

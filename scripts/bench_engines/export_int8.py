@@ -54,12 +54,12 @@ def export(source: Path, target: Path) -> None:
             tensors[name] = tensor
     target.mkdir(parents=True, exist_ok=True)
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((source / "config.json").read_text())
-    config["quantization_config"] = QUANTIZATION
-    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         if (source / name).exists():
             shutil.copyfile(source / name, target / name)
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = QUANTIZATION
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def main() -> None:
@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("target", type=Path)
     arguments = parser.parse_args()
     export(arguments.source, arguments.target)
+    print(json.dumps({"written": str(arguments.target)}))
 
 
 if __name__ == "__main__":

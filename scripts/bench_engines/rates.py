@@ -17,11 +17,12 @@ from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
-from bound import SMOLLM2_135M, ModelShape
+from bound import ModelShape
 
 from batchllm.models.linear import pack_torch, pack_torch_int8
 from batchllm.models.native_linear import NativeProducts
-from batchllm.native.kernels import load_kernels, only_torch_has_tiles
+from batchllm.native.kernels import load_kernels, only_torch_has_tiles, whole_strips
+from batchllm.runner.measure import multiply
 
 READ_BYTES = 1 << 29
 SECONDS_A_MEASUREMENT = 0.3
@@ -61,25 +62,25 @@ def best_seconds(call: Callable[[], object]) -> float:
 
 def linear_seconds(rows: int, inputs: int, outputs: int) -> float:
     """Seconds of x @ w.T in bf16, x [rows, inputs], w [outputs, inputs], the fastest way."""
-    x = torch.randn(rows, inputs).to(torch.bfloat16)
+    x = torch.randn(whole_strips(rows), inputs).to(torch.bfloat16)
     w = torch.randn(outputs, inputs).to(torch.bfloat16)
     kernels = load_kernels()
     ways = [lambda x: F.linear(x, w), pack_torch(w, None)]
     if kernels is not None:
         ways.append(NativeProducts(kernels, tiles=only_torch_has_tiles()).pack(w, None))
-    return min(best_seconds(lambda way=way: way(x)) for way in ways)
+    return min(best_seconds(lambda way=way: multiply(way, x, rows)) for way in ways)
 
 
 def int8_seconds(rows: int, inputs: int, outputs: int) -> float:
     """Seconds of the same product by an int8 weight, x rounded on the way."""
-    x = torch.randn(rows, inputs).to(torch.bfloat16)
+    x = torch.randn(whole_strips(rows), inputs).to(torch.bfloat16)
     w = torch.randn(outputs, inputs).to(torch.bfloat16)
     kernels = load_kernels()
     if kernels is None:
         product = pack_torch_int8(w, None)
     else:
         product = NativeProducts(kernels, tiles=only_torch_has_tiles()).pack_int8(w, None)
-    return best_seconds(lambda: product(x))
+    return best_seconds(lambda: multiply(product, x, rows))
 
 
 @torch.inference_mode()
@@ -121,11 +122,12 @@ def measure(model: ModelShape, row_counts: list[int]) -> MeasuredRates:
 
 
 def main() -> None:
-    """Command line: the numbers of rows to multiply."""
+    """Command line: the model's sizes, and the numbers of rows to multiply."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("sizes", type=json.loads, help="of a bound.ModelShape, as JSON")
     parser.add_argument("--rows", type=int, nargs="+", default=[64, 256, 1024, 2048])
     arguments = parser.parse_args()
-    print(json.dumps(asdict(measure(SMOLLM2_135M, arguments.rows))))
+    print(json.dumps(asdict(measure(ModelShape(**arguments.sizes), arguments.rows))))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ bench = load_ladder("bench")
 engines = load_ladder("bench_engines.engines")
 ledger = load_ladder("bench_engines.ledger")
 
+WEIGHTS = engines.Weights(ours=Path("m.gguf"), peers=Path("m"), peers_int8=Path("model-int8"))
 HERE = {"cpu": "an abacus", "cores": 2}
 
 
@@ -65,7 +66,7 @@ def climb(monkeypatch, path, *, names="batchllm,vllm", rounds=2, fail_at=None):
     """Runs the ladder with engines that only note that they ran; returns what ran."""
     ran = []
 
-    def run_cell(prepared, number, chosen):
+    def run_cell(prepared, number, chosen, sizes):
         for engine in chosen:
             if (prepared.workload.name, number, engine.name) == fail_at:
                 raise engines.BenchError("out of breath")
@@ -82,6 +83,7 @@ def climb(monkeypatch, path, *, names="batchllm,vllm", rounds=2, fail_at=None):
         workloads="8x32,4x16",
         rounds=rounds,
         model=Path("model"),
+        model_shape=None,
         python=Path("python"),
         batch_sizes=[32],
         markdown=None,
@@ -136,7 +138,7 @@ def test_who_goes_first_changes():
 
 
 def test_commands():
-    known = engines.engines(Path("m.gguf"), Path("py"), [16, 32])
+    known = engines.engines(WEIGHTS, Path("py"), [16, 32])
     ours = known["batchllm"].command(Path("w"), ["shuffled"])
     assert ours[0] == "py"
     assert ours[1].endswith("batchllm_engine.py")
@@ -147,7 +149,7 @@ def test_commands():
 
 
 def test_the_batch_size_that_won_is_kept():
-    engine = engines.engines(Path("m"), Path("py"), [16, 32])["transformers"]
+    engine = engines.engines(WEIGHTS, Path("py"), [16, 32])["transformers"]
     runs = [run("a", "transformers", 1.0, batch_size=16), run("a", "batchllm", 1.0)]
     assert bench.settled(engine, "a", runs).options == ("--batch-size", "16")
     assert bench.settled(engine, "b", runs) == engine

@@ -20,6 +20,7 @@ from batchllm.text.prompts import PromptSpec
 PARAMETERS = {
     "smollm2-135m": 134_515_008,
     "llama-3.2-1b": 1_235_814_400,
+    "qwen2.5-0.5b": 494_032_768,
     "qwen2.5-7b": 7_615_616_512,
     "llama-3.1-8b": 8_030_261_248,
 }
