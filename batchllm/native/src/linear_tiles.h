@@ -46,9 +46,9 @@ constexpr int64_t WIDE_BYTES = 32 * 1024;     // of a row's outputs
 constexpr int64_t MANY_STRIPS = 16;
 constexpr int64_t PART_STRIPS = 12;  // for fewer a thread does not read all of a weight
 
-// A thread's memory for sums that wait, which it keeps: [MOST_PARTIAL].
+// A thread's memory for sums that wait, which it keeps: [MOST_PARTIAL]. Each library has its own.
 template <typename In>
-Partial<In>* partials() {
+static Partial<In>* partials() {
     static thread_local const std::unique_ptr<Partial<In>[]> kept(new Partial<In>[MOST_PARTIAL]);
     return kept.get();
 }
