@@ -23,6 +23,8 @@ CONTEXT = 8192
 
 def export(shape: str, directory: Path) -> None:
     """Writes weights, config and a tokenizer; the config last, when all else is there."""
+    if not (TOKENIZER / "tokenizer.json").exists():
+        raise SystemExit(f"{TOKENIZER} is not there; run scripts/bench_setup.sh first")
     weights = DummyCheckpoint.of(shape).weights(torch.bfloat16)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.contiguous() for name, tensor in weights}

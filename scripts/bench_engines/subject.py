@@ -28,13 +28,17 @@ class Subject:
         """Writes random weights that any of these engines reads, unless they are there."""
         if self.model_shape is None:
             return
+        plain, rounded = self.weights.peers, self.weights.peers_int8
         wanted = {engine.model for engine in chosen}
-        for path, script, source in (
-            (self.weights.peers, "export_shape.py", self.model_shape),
-            (self.weights.peers_int8, "export_int8.py", str(self.weights.peers)),
-        ):
-            if path in wanted and not (path / "config.json").exists():
-                run_json([sys.executable, str(FOLDER / script), source, str(path)])
+        if wanted & {plain, rounded}:  # the one is rounded to the other
+            _write(plain, "export_shape.py", self.model_shape)
+        if rounded in wanted:
+            _write(rounded, "export_int8.py", str(plain))
+
+
+def _write(path: Path, script: str, source: str) -> None:
+    if not (path / "config.json").exists():
+        run_json([sys.executable, str(FOLDER / script), source, str(path)])
 
 
 def default_subject(model: Path) -> Subject:

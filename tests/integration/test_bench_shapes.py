@@ -68,5 +68,15 @@ def test_weights_are_written_once_and_for_who_reads_them(monkeypatch, tmp_path):
     assert ran == ["export_shape.py"]
     ours.make([known["vllm"], known["vllm-int8"]])
     assert ran == ["export_shape.py", "export_int8.py"]
+    other = subject.shape_subject("qwen2.5-0.5b")
+    other.make([engines.engines(other.weights, Path("py"))["vllm-int8"]])
+    assert ran[2:] == ["export_shape.py", "export_int8.py"]
     subject.default_subject(Path("m")).make(known.values())
-    assert len(ran) == 2
+    assert len(ran) == 4
+
+
+def test_a_missing_tokenizer_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setattr(export_shape, "TOKENIZER", tmp_path / "no")
+    with pytest.raises(SystemExit, match="bench_setup"):
+        export_shape.export("smollm2-135m", tmp_path / "to")
+    assert not (tmp_path / "to").exists()

@@ -39,6 +39,29 @@ struct Strip {
 template <typename Sink>
 using Inputs = Rows<const typename Sink::Product::Value>;
 
+// Where the rows of a strip and the weights of a panel begin in a chunk, and how far it is from row
+// to row and from step to step.
+template <typename Sink>
+struct Walk {
+    static constexpr int64_t SIZE = sizeof(typename Sink::Product::Value);
+    const int64_t panel_bytes, stride, next, steps;
+    const char *const weight, *const row;
+    const bool is_last;
+
+    Walk(
+        const PackedLinear& linear, const Inputs<Sink>& all, const Strip<Sink>& strip,
+        int64_t panel, const Chunk<typename Sink::Product>& chunk)
+        : panel_bytes(linear.inputs * SIZE * TILE_PANEL),
+          stride(all.stride * SIZE),
+          next(all.chunk_stride * SIZE),
+          steps(chunk.end - chunk.begin),
+          weight(
+              static_cast<const char*>(linear.panels) + panel * panel_bytes +
+              chunk.begin * TILE_BYTES * TILE_PANEL),
+          row(reinterpret_cast<const char*>(strip.x) + chunk.begin * next),
+          is_last(chunk.end * TILE_BYTES == linear.inputs * SIZE) {}
+};
+
 // Of more than TILE_ROWS rows. Either the rows or the panel are used again, and are to stay in the
 // first-level cache. IN_CHUNKS: maybe not all of the summed axis.
 template <typename Sink, bool ROWS_STAY, bool IN_CHUNKS>
@@ -46,14 +69,9 @@ void multiply_strip_tiles(
     const PackedLinear& linear, const Inputs<Sink>& all, const Strip<Sink>& strip, int64_t panel,
     Fetches& fetch, Sink& sink, const Chunk<typename Sink::Product>& chunk) {
     typedef typename Sink::Product In;
-    constexpr int64_t SIZE = sizeof(*strip.x);
-    const int64_t row_bytes = linear.inputs * SIZE, stride = all.stride * SIZE;
-    const int64_t next = all.chunk_stride * SIZE;
-    const int64_t steps = chunk.end - chunk.begin;
-    const char* weight = static_cast<const char*>(linear.panels) +
-                         (panel * row_bytes + chunk.begin * TILE_BYTES) * TILE_PANEL;
-    const char* upper = reinterpret_cast<const char*>(strip.x) + chunk.begin * next;
-    const char* lower = upper + TILE_ROWS * stride;
+    const Walk<Sink> walk(linear, all, strip, panel, chunk);
+    const int64_t stride = walk.stride, next = walk.next, steps = walk.steps;
+    const char *weight = walk.weight, *upper = walk.row, *lower = upper + TILE_ROWS * stride;
     const int written = int((STRIP + steps - 1) / steps);
     Fetches fetching = fetch;
     constexpr int64_t SUMS = sizeof(*chunk.partial->sums);
@@ -85,7 +103,7 @@ void multiply_strip_tiles(
         weight += TILE_PANEL * TILE_BYTES;
     }
     fetch = fetching;
-    if (!IN_CHUNKS || chunk.end * TILE_BYTES == row_bytes) {
+    if (!IN_CHUNKS || walk.is_last) {
         sink.template store<0>(0);
         sink.template store<2>(TILE_ROWS);
         sink.begin(linear, panel, strip.count, strip.scales, strip.out);
@@ -102,13 +120,10 @@ void multiply_few_tiles(
     const PackedLinear& linear, const Inputs<Sink>& all, const Strip<Sink>& strip, int64_t panel,
     Fetches& fetch, Sink& sink, const Chunk<typename Sink::Product>& chunk) {
     typedef typename Sink::Product In;
-    constexpr int64_t SIZE = sizeof(*strip.x);
-    const int64_t row_bytes = linear.inputs * SIZE, stride = all.stride * SIZE;
-    const int64_t next = all.chunk_stride * SIZE;
-    const int64_t steps = chunk.end - chunk.begin, panel_bytes = row_bytes * TILE_PANEL;
-    const char* weight = static_cast<const char*>(linear.panels) + panel * panel_bytes +
-                         chunk.begin * TILE_BYTES * TILE_PANEL;
-    const char* row = reinterpret_cast<const char*>(strip.x) + chunk.begin * next;
+    const Walk<Sink> walk(linear, all, strip, panel, chunk);
+    const int64_t stride = walk.stride, next = walk.next, steps = walk.steps;
+    const int64_t panel_bytes = walk.panel_bytes;
+    const char *weight = walk.weight, *row = walk.row;
     const int written = int((TILE_ROWS + steps - 1) / steps);
     Fetches fetching = fetch;
     constexpr int64_t SUMS = sizeof(*chunk.partial->sums);
@@ -136,7 +151,7 @@ void multiply_few_tiles(
         weight += TILE_PANEL * TILE_BYTES;
     }
     fetch = fetching;
-    if (chunk.end * TILE_BYTES < row_bytes) {
+    if (!walk.is_last) {
         store_tile<0>(earlier(0), SUMS), store_tile<1>(earlier(1), SUMS);
         return;
     }

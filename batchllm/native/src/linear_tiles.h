@@ -158,7 +158,7 @@ class TileWork {
     // A group of panels that stays in the second-level cache, and one strip after the other. `then`
     // is next, if it is not empty.
     void by_strips(const Unit& unit, const Unit& then) {
-        Partial<In>* const kept = partials<In>();
+        Partial<In>* const kept = chunks > 1 ? partials<In>() : nullptr;
         const bool rows_stay = unit.height() * STRIP * row_bytes <= ROWS_BYTES;
         const int64_t strip_steps = unit.width() * steps;
         next = {};
@@ -172,7 +172,7 @@ class TileWork {
             for (int64_t c = 0; c < chunks; c++) {
                 Chunk<In> here = chunk(c);
                 for (int64_t panel = unit.first_panel; panel < unit.last_panel; panel++) {
-                    here.partial = kept + panel - unit.first_panel;
+                    if (kept != nullptr) here.partial = kept + panel - unit.first_panel;
                     multiply_chunk(s, panel, here);
                 }
             }
